@@ -1,0 +1,186 @@
+"""The kernel interface: what a device must be able to do for the workers.
+
+Three implementations: `ext.reference` (plain torch, the specification), `ext.cpu` (native CPU kernels)
+and `ext.cuda`. Activations are float32 [rows, width] on CPU (the model's dtype on CUDA) and lie on the
+implementation's device. A row is one position of one sequence; rows of a sequence lie together and in
+order. `workers.runner` is the only caller of the step operations, `workers.residency` of `matrix` and
+`vector`.
+
+A step runs per layer as: project -> attend -> accumulate (attention unit), project -> activate ->
+accumulate (MLP unit), so an implementation can fuse norms, biases, adapters, rope, cache writes and
+residuals into few launches.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+NormKind = Literal["rms", "layer"]
+Activation = Literal["silu", "gelu", "gelu_tanh"]
+
+
+class Matrix(Protocol):
+    """A resident weight [out, in] in the implementation's own form."""
+
+    out_features: int
+    in_features: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A normalization over the last axis with its weights, float32 [width]: rms(x) * weight, or
+    layer(x) * weight + bias."""
+
+    kind: NormKind
+    eps: float
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSegment:
+    """Rows [first, last) of the batch get y += scale * (x A^T) B^T. A [rank, in], B [out, rank],
+    float32, contiguous. Segments of a patch are sorted, disjoint and not empty."""
+
+    first: int
+    last: int
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+@dataclass(eq=False, slots=True)
+class Patch:
+    """The attachments of one linear layer for one arrangement of rows; kept by the caller while that
+    arrangement lasts, so an implementation may leave its prepared form in `prepared`."""
+
+    segments: tuple[LoraSegment, ...]
+    prepared: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """y = x W^T + bias."""
+
+    weight: Matrix
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Where the rows of a batch stand: numpy, made once per wave.
+
+    Sequence i owns rows [starts[i], starts[i+1]) at positions contexts[i] - n_i .. contexts[i] - 1,
+    where n_i is its number of rows; contexts[i] counts its tokens after this step. `tables[i, l, p]`
+    is the page of attention layer l (counted within the batch's chains) that holds positions
+    [16 p, 16 p + 16). Shapes: starts int32 [S + 1], contexts int32 [S], tables int32 [S, layers, P].
+    """
+
+    starts: np.ndarray
+    contexts: np.ndarray
+    tables: np.ndarray
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.contexts)
+
+
+@dataclass(eq=False, slots=True)
+class Cache:
+    """KV pages of one shape: data [pages, 2, page, kv_heads, head_dim] (K is 0, V is 1)."""
+
+    data: Tensor
+    page: int = field(default=16)
+
+
+class Plan(Protocol):
+    """An implementation's prepared form of a Geometry: positions, write slots, page lists per layer."""
+
+    geometry: Geometry
+
+
+class Ops(Protocol):
+    """See the module's text. All tensors returned are fresh; `accumulate` alone writes in place."""
+
+    name: str
+    device: torch.device
+
+    def matrix(self, weight: Tensor, *, transposed: bool = False) -> Matrix:
+        """Resident form of a stored matrix [out, in] ([in, out] if transposed); f32, f16 or bf16,
+        without loss. It must not keep `weight` (a mapped file) alive unless it uses that memory."""
+        ...
+
+    def vector(self, weight: Tensor) -> Tensor:
+        """Resident form of a norm weight, a bias or an adapter's matrix: float32, contiguous."""
+        ...
+
+    def rotary(
+        self, inverse_frequencies: Sequence[float], factor: float, interleaved: bool, positions: int
+    ) -> Any:
+        """Prepared rotary embedding for positions below `positions`: the first
+        2 * len(inverse_frequencies) elements of a head turn (halves, or neighbours if interleaved),
+        cos and sin are multiplied by `factor`, the rest passes."""
+        ...
+
+    def cache(self, pages: int, page: int, kv_heads: int, head_dim: int) -> Cache:
+        """KV pages; memory is committed as it is written."""
+        ...
+
+    def plan(self, geometry: Geometry) -> Plan:
+        """Prepare a batch's geometry once; it serves every layer of every block the batch runs."""
+        ...
+
+    def embed(
+        self, tokens: np.ndarray, table: Matrix, scale: float, positions: Matrix | None, plan: Plan, offset: int
+    ) -> Tensor:
+        """x[r] = scale * table[tokens[r]] (+ positions[position r + offset]); tokens int64 [rows]."""
+        ...
+
+    def project(
+        self,
+        x: Tensor,
+        norm: Norm | None,
+        linears: Sequence[Linear],
+        patches: Sequence[Patch | None],
+    ) -> list[Tensor]:
+        """y_i = linear_i(norm(x)) + patch_i(norm(x)); norm None: x as it is. float32 [rows, out_i]."""
+        ...
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        cache: Cache,
+        layer: int,
+        plan: Plan,
+        rotary: Any | None,
+        q_norm: Norm | None,
+        k_norm: Norm | None,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        """Norm q and k per head where asked, rotate them, write k and v into the pages, then causal
+        attention of each row over its sequence's positions (the last `window`, if set).
+
+        q [rows, heads * head_dim], k and v [rows, kv_heads * head_dim] -> [rows, heads * head_dim].
+        """
+        ...
+
+    def activate(self, gate: Tensor | None, up: Tensor, kind: Activation) -> Tensor:
+        """act(gate) * up, or act(up) where gate is None."""
+        ...
+
+    def accumulate(self, x: Tensor, y: Tensor, linear: Linear, patch: Patch | None) -> None:
+        """x += linear(y) + patch(y), in place; x [rows, out]."""
+        ...

@@ -1,0 +1,262 @@
+"""The kernel interface in plain torch: the specification that native kernels are compared with.
+
+Runs on any torch device in float32. Clarity before speed: attention gathers pages and calls
+scaled_dot_product_attention per sequence (prefill) or per group of single rows (decode).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ext.ops import Activation, Cache, Geometry, Linear, Norm, Patch
+
+
+@dataclass(frozen=True, slots=True)
+class TorchMatrix:
+    """A resident weight as a float32 tensor [out, in]; may be a view of a mapped file."""
+
+    data: Tensor
+
+    @property
+    def out_features(self) -> int:
+        return self.data.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.data.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.numel() * self.data.element_size()
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """cos and sin [positions, rotated width / 2], float32."""
+
+    cos: Tensor
+    sin: Tensor
+    interleaved: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TorchPlan:
+    """`positions` [rows]; `pages` [layers, rows] and `offsets` [rows] say where a row's k and v go;
+    `tables` [layers, S, P]; `singles` are the sequences of one row, with their rows."""
+
+    geometry: Geometry
+    positions: Tensor
+    pages: Tensor
+    offsets: Tensor
+    tables: Tensor
+    singles: Tensor
+    single_rows: Tensor
+    chunks: tuple[tuple[int, int, int, int], ...]
+
+
+class TorchOps:
+    """Reference operations; see `ext.ops.Ops` for shapes and meaning."""
+
+    name = "torch"
+
+    def __init__(self, device: str = "cpu", page: int = 16) -> None:
+        self.device = torch.device(device)
+        self._page = page
+
+    def matrix(self, weight: Tensor, *, transposed: bool = False) -> TorchMatrix:
+        weight = weight.to(self.device, torch.float32)
+        return TorchMatrix(weight.t() if transposed else weight)
+
+    def vector(self, weight: Tensor) -> Tensor:
+        return weight.to(self.device, torch.float32, copy=True).contiguous()
+
+    def rotary(
+        self, inverse_frequencies: Sequence[float], factor: float, interleaved: bool, positions: int
+    ) -> Rotary:
+        frequencies = torch.tensor(inverse_frequencies, dtype=torch.float32, device=self.device)
+        angles = torch.arange(positions, dtype=torch.float32, device=self.device)[:, None]
+        angles = angles * frequencies
+        return Rotary(angles.cos() * factor, angles.sin() * factor, interleaved)
+
+    def cache(self, pages: int, page: int, kv_heads: int, head_dim: int) -> Cache:
+        data = torch.empty(
+            (pages, 2, page, kv_heads, head_dim), dtype=torch.float32, device=self.device
+        )
+        return Cache(data, page)
+
+    def plan(self, geometry: Geometry) -> TorchPlan:
+        starts, contexts = geometry.starts, geometry.contexts
+        counts = np.diff(starts)
+        sequence = np.repeat(np.arange(len(counts)), counts)
+        rows = np.arange(geometry.num_rows)
+        positions = rows - starts[:-1][sequence] + (contexts - counts)[sequence]
+        pages = geometry.tables[sequence, :, positions // self._page].T
+        single = np.flatnonzero(counts == 1)
+        chunks = tuple(
+            (int(i), int(starts[i]), int(starts[i + 1]), int(contexts[i]))
+            for i in np.flatnonzero(counts > 1)
+        )
+
+        def put(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(self.device)
+
+        return TorchPlan(
+            geometry=geometry,
+            positions=put(positions),
+            pages=put(pages),
+            offsets=put(positions % self._page),
+            tables=put(geometry.tables.transpose(1, 0, 2)),
+            singles=put(single),
+            single_rows=put(starts[:-1][single]),
+            chunks=chunks,
+        )
+
+    def embed(
+        self,
+        tokens: np.ndarray,
+        table: TorchMatrix,
+        scale: float,
+        positions: TorchMatrix | None,
+        plan: TorchPlan,
+        offset: int,
+    ) -> Tensor:
+        x = F.embedding(torch.from_numpy(tokens).to(self.device), table.data)
+        if scale != 1.0:
+            x = x * scale
+        if positions is not None:
+            x = x + F.embedding(plan.positions + offset, positions.data)
+        return x
+
+    def project(
+        self,
+        x: Tensor,
+        norm: Norm | None,
+        linears: Sequence[Linear],
+        patches: Sequence[Patch | None],
+    ) -> list[Tensor]:
+        if norm is not None:
+            x = normalize(x, norm)
+        return [self._linear(x, a, b) for a, b in zip(linears, patches, strict=True)]
+
+    def _linear(self, x: Tensor, linear: Linear, patch: Patch | None) -> Tensor:
+        y = F.linear(x, linear.weight.data, linear.bias)  # type: ignore[attr-defined]
+        for s in patch.segments if patch is not None else ():
+            low = F.linear(x[s.first : s.last], s.a) * s.scale
+            y[s.first : s.last] += F.linear(low, s.b)
+        return y
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        cache: Cache,
+        layer: int,
+        plan: TorchPlan,
+        rotary: Rotary | None,
+        q_norm: Norm | None,
+        k_norm: Norm | None,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        kv_heads, dim = cache.data.shape[3:]
+        q, k, v = (t.view(len(t), -1, dim) for t in (q, k, v))
+        q = q if q_norm is None else normalize(q, q_norm)
+        k = k if k_norm is None else normalize(k, k_norm)
+        if rotary is not None:
+            q, k = (rotate(t, rotary, plan.positions) for t in (q, k))
+        cache.data[plan.pages[layer], 0, plan.offsets] = k
+        cache.data[plan.pages[layer], 1, plan.offsets] = v
+        out = torch.empty_like(q)
+        table = plan.tables[layer]
+        if len(plan.singles):
+            rows = plan.single_rows
+            context = plan.positions[rows] + 1
+            pages = table[plan.singles][:, : (int(context.max()) - 1) // cache.page + 1]
+            out[rows] = _attend_rows(q[rows], _gather(cache, pages), context, scale, window)
+        for i, first, last, context in plan.chunks:
+            pages = table[i : i + 1, : (context - 1) // cache.page + 1]
+            keys = _gather(cache, pages)[:, :, :context]
+            out[first:last] = _attend_chunk(q[first:last], keys, scale, window, kv_heads)
+        return out.view(len(out), -1)
+
+    def activate(self, gate: Tensor | None, up: Tensor, kind: Activation) -> Tensor:
+        a = up if gate is None else gate
+        if kind == "silu":
+            a = F.silu(a)
+        else:
+            a = F.gelu(a, approximate="tanh" if kind == "gelu_tanh" else "none")
+        return a if gate is None else a * up
+
+    def accumulate(self, x: Tensor, y: Tensor, linear: Linear, patch: Patch | None) -> None:
+        x += self._linear(y, linear, patch)
+
+
+def normalize(x: Tensor, norm: Norm) -> Tensor:
+    """RMS or layer norm over the last axis, float32."""
+    if norm.kind == "layer":
+        return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.eps) * norm.weight
+
+
+def rotate(x: Tensor, rotary: Rotary, positions: Tensor) -> Tensor:
+    """Rotary embedding (Su et al. 2021) of x [rows, heads, dim] at `positions` [rows]."""
+    cos, sin = (t[positions][:, None] for t in (rotary.cos, rotary.sin))
+    half = cos.shape[-1]
+    turned, rest = x[..., : 2 * half], x[..., 2 * half :]
+    if rotary.interleaved:
+        a, b = turned[..., 0::2], turned[..., 1::2]
+        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+    else:
+        a, b = turned[..., :half], turned[..., half:]
+        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    return turned if rest.shape[-1] == 0 else torch.cat((turned, rest), -1)
+
+
+def _gather(cache: Cache, pages: Tensor) -> Tensor:
+    """Pages [S, P] -> keys and values [S, 2, P * page, kv_heads, dim]."""
+    data = cache.data[pages].transpose(1, 2)
+    return data.reshape(*data.shape[:2], -1, *data.shape[-2:])
+
+
+def _attend_rows(
+    q: Tensor, keys: Tensor, context: Tensor, scale: float, window: int | None
+) -> Tensor:
+    """One row per sequence: q [S, heads, dim], keys [S, 2, T, kv_heads, dim], context [S]."""
+    at = torch.arange(keys.shape[2], device=q.device)
+    seen = at < context[:, None]
+    if window is not None:
+        seen &= at >= context[:, None] - window
+    # What lies beyond the context was never written and may be NaN, which no mask would stop.
+    keys = keys.masked_fill(~seen[:, None, :, None, None], 0.0)
+    k, v = keys[:, 0].transpose(1, 2), keys[:, 1].transpose(1, 2)
+    grouped = q.view(len(q), k.shape[1], -1, q.shape[-1])
+    out = F.scaled_dot_product_attention(
+        grouped, k, v, attn_mask=seen[:, None, None, :], scale=scale
+    )
+    return out.reshape(q.shape)
+
+
+def _attend_chunk(
+    q: Tensor, keys: Tensor, scale: float, window: int | None, kv_heads: int
+) -> Tensor:
+    """Rows that end a sequence: q [n, heads, dim], keys [1, 2, T, kv_heads, dim], T its context."""
+    n, heads, _ = q.shape
+    k, v = keys[:, 0].transpose(1, 2), keys[:, 1].transpose(1, 2)
+    total = k.shape[2]
+    at = torch.arange(total, device=q.device)
+    row = at[total - n :, None]
+    seen = at <= row
+    if window is not None:
+        seen &= at > row - window
+    group = heads // kv_heads
+    grouped = q.view(n, kv_heads, group, -1).permute(1, 2, 0, 3)[None]
+    out = F.scaled_dot_product_attention(
+        grouped, k[:, :, None], v[:, :, None], attn_mask=seen, scale=scale
+    )
+    return out[0].permute(2, 0, 1, 3).reshape(q.shape)

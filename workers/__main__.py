@@ -1,0 +1,103 @@
+"""Starts a worker: `python -m workers '<WorkerConfig as JSON>'`. Called by the engine's fleet.
+
+Polls one DEALER socket beside the loop. Ends when the engine asks for a drain, or when its standard
+input closes, which means that the engine is gone.
+"""
+
+import logging
+import os
+import select
+import signal
+import sys
+import time
+
+import msgspec
+import psutil
+import torch
+import zmq
+
+from ext.select import select_ops
+from workers import wire
+from workers.worker import Worker
+
+_log = logging.getLogger(__name__)
+_IDLE_MS, _LOADING_MS = 200, 2
+
+
+def main(argument: str) -> int:
+    """Serve until told to stop; the exit code."""
+    config = _resolve(msgspec.json.decode(argument, type=wire.WorkerConfig))
+    logging.basicConfig(
+        level=config.log_level.upper(),
+        format=f"%(levelname)s %(asctime)s [{config.name}] %(message)s",
+        datefmt="%m-%d %H:%M:%S",
+    )
+    # The engine decides when to stop: an interrupt from the terminal reaches the whole group.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(config.threads)
+    ops = select_ops(config.device, config.ops, config.threads)
+    context = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.IDENTITY, config.name.encode())
+    socket.setsockopt(zmq.LINGER, 1000)
+    socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
+    socket.connect(config.endpoint)
+    worker = Worker(config, ops, lambda report: socket.send(wire.encode(report)))
+    socket.send(wire.encode(worker.hello()))
+    try:
+        _serve(worker, socket, config.heartbeat_s)
+    finally:
+        socket.close()
+        context.term()
+    return 0
+
+
+def _serve(worker: Worker, socket: zmq.Socket[bytes], heartbeat_s: float) -> None:
+    poller = zmq.Poller()
+    poller.register(socket, zmq.POLLIN)
+    poller.register(sys.stdin.fileno(), zmq.POLLIN)
+    next_beat = 0.0
+    while not worker.is_done:
+        if not _receive(worker, socket):
+            return
+        if worker.is_loading:
+            worker.collect()
+        busy = worker.has_work and worker.step()
+        now = time.monotonic()
+        if now >= next_beat:
+            socket.send(wire.encode(worker.status()))
+            next_beat = now + heartbeat_s
+        if not busy:
+            began = time.perf_counter()
+            poller.poll(_LOADING_MS if worker.is_loading else _IDLE_MS)
+            worker.clock.idle += time.perf_counter() - began
+    socket.send(wire.encode(worker.status()))
+    socket.send(wire.encode(wire.Drained()))
+
+
+def _receive(worker: Worker, socket: zmq.Socket[bytes]) -> bool:
+    """Act on every command that has arrived; False when the engine is gone."""
+    while True:
+        try:
+            body = socket.recv(zmq.NOBLOCK)
+        except zmq.Again:
+            break
+        try:
+            command = wire.decode_command(body)
+        except msgspec.MsgspecError as error:
+            _log.warning("a message from the engine was dropped: %s", error)
+            continue
+        worker.take(command)
+    readable, _, _ = select.select([sys.stdin], [], [], 0)
+    return not (readable and not os.read(sys.stdin.fileno(), 4096))
+
+
+def _resolve(config: wire.WorkerConfig) -> wire.WorkerConfig:
+    """Settle what was left to the worker: threads, KV memory."""
+    threads = config.threads or len(os.sched_getaffinity(0))
+    kv_bytes = config.kv_bytes or min(4 << 30, psutil.virtual_memory().available // 4)
+    return msgspec.structs.replace(config, threads=threads, kv_bytes=kv_bytes)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,237 @@
+"""Which steps run next, and in which order blocks take them: pure decisions.
+
+`decide` picks the steps of one wave: tokens of running requests first, then prompts, deepest entry
+first, the longest waiting before the newest, within a budget of rows and each block's own limit.
+`arrange` orders the wave: a block runs once for all rows that pass it, and waits for siblings that are
+still on their way to it (variants that part and meet again share both ends). Called by the worker's
+loop; no clock, no I/O, no weights.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from workers.chains import ServedChain
+from workers.requests import Request, Span
+
+AGE_S = 5.0
+Group = tuple[object, ...]
+Piece = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The next `count` positions of a request, entering its chain at `span.depth`."""
+
+    request: Request
+    span: Span
+    count: int
+
+    @property
+    def end(self) -> int:
+        return self.span.first + self.count
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it computes the newest token, so that the next one can be chosen."""
+        return self.end == self.request.length
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Units [first, last) run for steps [steps of the wave by index], whose rows are `rows`: a slice
+    where they lie together, else row numbers. `runs` are (chain, first row, last row) within them."""
+
+    block: int
+    first: int
+    last: int
+    steps: tuple[int, ...]
+    rows: slice | np.ndarray
+    runs: tuple[tuple[ServedChain, int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Wave:
+    """One advance of many requests: steps in row order, rows [starts[i], starts[i + 1]) each, and
+    the stages that carry them through their chains."""
+
+    steps: tuple[Step, ...]
+    starts: np.ndarray
+    stages: tuple[Stage, ...]
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.starts[-1])
+
+
+def decide(
+    running: Iterable[Request],
+    *,
+    max_rows: int,
+    page: int,
+    now: float,
+    last_turn: Mapping[Group, int],
+) -> list[Step]:
+    """Steps of the next wave. Chains of different widths cannot share one: the group whose last turn
+    (`last_turn`, a growing number) is longest ago goes first."""
+    groups: dict[Group, list[Request]] = {}
+    for request in running:
+        groups.setdefault(request.chain.group, []).append(request)
+    if not groups:
+        return []
+    chosen = min(groups, key=lambda g: last_turn.get(g, -1))
+    budget = _Budget(max_rows)
+    steps: list[Step] = []
+    prompts: list[Request] = []
+    for request in groups[chosen]:
+        if request.is_prefilling:
+            prompts.append(request)
+        elif budget.take(request.chain, 0, 1):
+            steps.append(Step(request, request.next_span, 1))
+    prompts.sort(key=lambda r: _urgency(r, now))
+    for request in prompts:
+        span = request.next_span
+        wanted = span.last - span.first
+        room = budget.room(request.chain, span.depth)
+        count = wanted if wanted <= room else room - (span.first + room) % page
+        if count > 0 and budget.take(request.chain, span.depth, count):
+            steps.append(Step(request, span, count))
+    return steps
+
+
+def _urgency(request: Request, now: float) -> tuple[float, int, float]:
+    """Smaller goes first: priority, lowered by one for every AGE_S of waiting; depth; arrival."""
+    aged = request.priority - (now - request.opened_at) // AGE_S
+    return (aged, -request.next_span.depth, request.opened_at)
+
+
+class _Budget:
+    """Rows still free in a wave, in all and per block."""
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+        self._used: dict[int, int] = {}
+
+    def room(self, chain: ServedChain, depth: int) -> int:
+        free = [b.limit - self._used.get(b.key, 0) for b in chain.blocks if b.last > depth]
+        return min(self._rows, *free)
+
+    def take(self, chain: ServedChain, depth: int, count: int) -> bool:
+        if count > self.room(chain, depth):
+            return False
+        self._rows -= count
+        for block in chain.blocks:
+            if block.last > depth:
+                self._used[block.key] = self._used.get(block.key, 0) + count
+        return True
+
+
+def arrange(steps: Sequence[Step]) -> Wave:
+    """Put steps in an order that keeps rows of a block together and lay out the stages."""
+    ordered = sorted(steps, key=lambda s: (_path(s), s.request.chain.id, s.span.depth))
+    counts = np.fromiter((s.count for s in ordered), np.int64, len(ordered))
+    starts = np.zeros(len(ordered) + 1, np.int32)
+    np.cumsum(counts, out=starts[1:])
+    runs = _runs(ordered)
+    cuts = _cuts(ordered)
+    paths = [_pieces(ordered[first], cuts) for first, _ in runs]
+    stages = [
+        _stage(piece, [runs[i] for i in members], ordered, starts)
+        for piece, members in schedule(paths)
+    ]
+    return Wave(tuple(ordered), starts, tuple(stages))
+
+
+def schedule(paths: Sequence[Sequence[Piece]]) -> list[tuple[Piece, list[int]]]:
+    """Merge paths into one order of pieces, each with the paths that pass it then.
+
+    A piece runs when no other path will still reach it; of several that could, the one earliest in
+    the chains. Paths that pass two pieces in opposite orders cannot both wait: the piece that most
+    paths stand at goes first.
+    """
+    at = [0] * len(paths)
+    order: list[tuple[Piece, list[int]]] = []
+    while standing := _standing(paths, at):
+        ready = [
+            piece
+            for piece, members in standing.items()
+            if not any(
+                piece in path[at[i] :] for i, path in enumerate(paths) if i not in members
+            )
+        ]
+        if ready:
+            piece = min(ready, key=lambda p: (p[1], p[0]))
+        else:
+            piece = max(standing, key=lambda p: (len(standing[p]), -p[1]))
+        members = standing[piece]
+        for i in members:
+            at[i] += 1
+        order.append((piece, members))
+    return order
+
+
+def _standing(paths: Sequence[Sequence[Piece]], at: Sequence[int]) -> dict[Piece, list[int]]:
+    standing: dict[Piece, list[int]] = {}
+    for i, path in enumerate(paths):
+        if at[i] < len(path):
+            standing.setdefault(path[at[i]], []).append(i)
+    return standing
+
+
+def _path(step: Step) -> tuple[int, ...]:
+    return tuple(b.key for b in step.request.chain.blocks)
+
+
+def _runs(steps: Sequence[Step]) -> list[tuple[int, int]]:
+    """Ranges of consecutive steps of one chain that enter at one depth."""
+    runs: list[tuple[int, int]] = []
+    for i, step in enumerate(steps):
+        if i and steps[i - 1].request.chain is step.request.chain:
+            if steps[i - 1].span.depth == step.span.depth:
+                runs[-1] = (runs[-1][0], i + 1)
+                continue
+        runs.append((i, i + 1))
+    return runs
+
+
+def _cuts(steps: Sequence[Step]) -> list[int]:
+    """Depths within blocks where a stage must end: entries, and branches that prompts pass, whose
+    activations are kept there."""
+    cuts = {s.span.depth for s in steps}
+    cuts.update(d for s in steps if s.request.is_prefilling for d in s.request.chain.branches)
+    return sorted(cuts)
+
+
+def _pieces(step: Step, cuts: Sequence[int]) -> list[Piece]:
+    """What a step runs through: (block, first unit, last unit); the head unit stands alone."""
+    chain, depth = step.request.chain, step.span.depth
+    bounds = sorted({*cuts, len(chain.units) - 1})
+    pieces: list[Piece] = []
+    for block in chain.blocks:
+        inner = [d for d in bounds if block.first < d < block.last]
+        for first, last in zip([block.first, *inner], [*inner, block.last], strict=True):
+            if first >= depth:
+                pieces.append((block.key, first, last))
+    return pieces
+
+
+def _stage(
+    piece: Piece, runs: list[tuple[int, int]], steps: Sequence[Step], starts: np.ndarray
+) -> Stage:
+    members = [i for first, last in runs for i in range(first, last)]
+    chains: list[tuple[ServedChain, int, int]] = []
+    ranges: list[np.ndarray] = []
+    row = 0
+    for first, last in runs:
+        low, high = int(starts[first]), int(starts[last])
+        chain = steps[first].request.chain
+        if chains and chains[-1][0] is chain:
+            chains[-1] = (chain, chains[-1][1], row + high - low)
+        else:
+            chains.append((chain, row, row + high - low))
+        ranges.append(np.arange(low, high))
+        row += high - low
+    low, high = int(ranges[0][0]), int(ranges[-1][-1]) + 1
+    rows = slice(low, high) if high - low == row else np.concatenate(ranges)
+    return Stage(piece[0], piece[1], piece[2], tuple(members), rows, tuple(chains))

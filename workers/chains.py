@@ -1,0 +1,166 @@
+"""The chains a worker serves: their units, how they cut into blocks, where their prefixes part.
+
+Everything here is derived from manifests when a chain comes or goes: blocks (the longest runs of units
+that all chains using them use whole) and branches (depths where chains with a common prefix part).
+Pure bookkeeping, no torch; owned by `workers.worker`, read by requests, batcher and runner.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from workers.wire import ChainId
+from zoo.manifest import AttachmentDigest, AttentionSpec, Attachment, EmbedSpec, Unit, UnitDigest
+from zoo.partition import cut, partition
+
+
+class UnservableChain(Exception):
+    """This worker cannot run that chain; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class KvShape:
+    """What a page of this chain holds: heads and head width of K and V."""
+
+    kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRange:
+    """A block in a chain: units [first, last). `key` is one for all chains that have these units at
+    this depth; `limit` is the most rows it takes at once."""
+
+    key: int
+    first: int
+    last: int
+    limit: int
+
+
+@dataclass(eq=False, slots=True)
+class ServedChain:
+    """A chain in use. `lineages[d]` names units [0, d) with their attachments; `layers[u]` is the
+    attention layer of unit u (or the number of layers below it); `full_depth` is the depth below
+    which all attention layers lie. `branches` are the depths where other
+    chains part from it."""
+
+    id: ChainId
+    digest: str
+    unit_digests: tuple[UnitDigest, ...]
+    attachment_digests: tuple[AttachmentDigest | None, ...]
+    units: tuple[Unit, ...]
+    attachments: tuple[Attachment | None, ...]
+    context: int
+    lineages: tuple[str, ...]
+    layers: tuple[int, ...]
+    kv: KvShape
+    hidden: int
+    blocks: tuple[BlockRange, ...] = ()
+    branches: tuple[int, ...] = ()
+    users: int = 0
+    leaving: bool = False
+
+    @property
+    def num_layers(self) -> int:
+        return self.layers[-1]
+
+    @property
+    def full_depth(self) -> int:
+        return self.layers.index(self.num_layers)
+
+    @property
+    def group(self) -> tuple[int, KvShape]:
+        """Chains of one group can share a wave: same width, same pages."""
+        return (self.hidden, self.kv)
+
+    def index_depths(self) -> list[tuple[str, int | None]]:
+        """Lineages under which a column of this chain may be found, deepest first: all of it
+        (depth None), then each branch."""
+        full = self.full_depth
+        partial = [(self.lineages[d], d) for d in reversed(self.branches) if d < full]
+        return [(self.lineages[full], None), *partial]
+
+
+def describe(
+    chain_id: ChainId,
+    digest: str,
+    units: list[tuple[UnitDigest, Unit]],
+    attachments: list[tuple[AttachmentDigest, Attachment] | None],
+    context: int,
+) -> ServedChain:
+    """Lay out a chain from its manifests, bottom first."""
+    first = units[0][1].spec
+    if not isinstance(first, EmbedSpec):
+        raise UnservableChain("the chain does not begin with an embedding")
+    layers, lineages, shapes = [0], [""], set[KvShape]()
+    for (unit_digest, unit), attachment in zip(units, attachments, strict=True):
+        is_attention = isinstance(unit.spec, AttentionSpec)
+        layers.append(layers[-1] + is_attention)
+        if isinstance(unit.spec, AttentionSpec):
+            shapes.add(KvShape(unit.spec.kv_heads, unit.spec.head_dim))
+        piece = f"{lineages[-1]}/{unit_digest}+{attachment[0] if attachment else ''}"
+        lineages.append(hashlib.blake2b(piece.encode(), digest_size=16).hexdigest())
+    if len(shapes) != 1:
+        raise UnservableChain("its attention layers have KV of several shapes")
+    return ServedChain(
+        id=chain_id,
+        digest=digest,
+        unit_digests=tuple(d for d, _ in units),
+        attachment_digests=tuple(a[0] if a else None for a in attachments),
+        units=tuple(u for _, u in units),
+        attachments=tuple(a[1] if a else None for a in attachments),
+        context=context,
+        lineages=tuple(lineages),
+        layers=tuple(layers),
+        kv=shapes.pop(),
+        hidden=first.hidden,
+    )
+
+
+class Chains:
+    """The chains in use by number; recuts blocks and branches whenever the set changes.
+
+    `limit` is the most rows that any block takes at once."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._chains: dict[ChainId, ServedChain] = {}
+        self._keys: dict[tuple[tuple[UnitDigest, ...], int], int] = {}
+
+    def __iter__(self) -> Iterator[ServedChain]:
+        return iter(self._chains.values())
+
+    def __len__(self) -> int:
+        return len(self._chains)
+
+    def get(self, chain: ChainId) -> ServedChain | None:
+        return self._chains.get(chain)
+
+    def add(self, chain: ServedChain) -> None:
+        self._chains[chain.id] = chain
+        self._recut()
+
+    def remove(self, chain: ChainId) -> None:
+        del self._chains[chain]
+        self._recut()
+
+    def _recut(self) -> None:
+        chains = list(self._chains.values())
+        blocks = partition([c.unit_digests for c in chains])
+        parts: dict[str, set[str]] = {}
+        for c in chains:
+            for below, above in zip(c.lineages, c.lineages[1:], strict=False):
+                parts.setdefault(below, set()).add(above)
+        for c in chains:
+            c.blocks = tuple(
+                BlockRange(self._key(c.unit_digests[first:last], first), first, last, self._limit)
+                for first, last in cut(c.unit_digests, blocks)
+            )
+            c.branches = tuple(
+                d
+                for d in range(1, len(c.units))
+                if c.layers[d] > 0 and len(parts[c.lineages[d]]) > 1
+            )
+
+    def _key(self, units: tuple[UnitDigest, ...], first: int) -> int:
+        return self._keys.setdefault((units, first), len(self._keys))

@@ -1,0 +1,346 @@
+"""The worker's loop: take commands, decide a wave, run it, take in its outcome, report.
+
+One synchronous loop owns requests, pages and the runner; a loader thread makes chains resident beside
+it. The engine is told of tokens, never asked.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+
+from ext.ops import Ops
+from workers import wire
+from workers.batcher import Group, Step, arrange, decide
+from workers.chains import Chains, ServedChain
+from workers.memory import KvMemory
+from workers.pages import Arena
+from workers.prefix import PrefixCache
+from workers.requests import Request, Requests
+from workers.residency import Eviction, LoadedChain, LoadFailure, Residency
+from workers.runner import Logits, Runner
+from workers.sampler import Sampler, logprobs_of
+
+_log = logging.getLogger(__name__)
+Send = Callable[[wire.Report], None]
+
+
+@dataclass(slots=True)
+class Clock:
+    """Where the loop's time goes, in seconds since start."""
+
+    ops: float = 0.0
+    sample: float = 0.0
+    decide: float = 0.0
+    absorb: float = 0.0
+    idle: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+
+class Worker:
+    """All of a worker but its sockets: commands in, reports out, `step` in between."""
+
+    def __init__(self, config: wire.WorkerConfig, ops: Ops, send: Send) -> None:
+        self.config = config
+        self._ops = ops
+        self._send = send
+        arena = Arena(config.kv_bytes)
+        self._memory = KvMemory(
+            arena, page=config.page, element_bytes=4, max_sequences=config.max_sequences
+        )
+        self._cache = PrefixCache()
+        self._requests = Requests(self._memory, self._cache, use_prefixes=config.prefix_cache)
+        self._chains = Chains(config.max_rows)
+        self._runner = Runner(ops, self._memory, self._requests)
+        self._residency = Residency(Path(config.zoo), ops, config.weight_bytes)
+        self._sampler = Sampler()
+        self._opened: dict[wire.RequestId, wire.Open] = {}
+        self._turns: dict[Group, int] = {}
+        self._counters = dict.fromkeys(
+            ("prompt_tokens", "output_tokens", "dropped_messages", "failed_requests"), 0
+        )
+        self.clock = Clock()
+        self.steps = 0
+        self.is_draining = False
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a wave could run now."""
+        return bool(self._requests.running or self._requests.waiting)
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether the loader thread has something under way."""
+        return self._residency.is_busy
+
+    @property
+    def is_done(self) -> bool:
+        """Whether a drain has come to its end."""
+        return self.is_draining and not self.has_work
+
+    def hello(self) -> wire.Hello:
+        """Who this worker is and what it can hold."""
+        return wire.Hello(
+            version=wire.WIRE_VERSION,
+            name=self.config.name,
+            pid=os.getpid(),
+            device=self.config.device,
+            ops=self._ops.name,
+            kv_bytes=self._memory.arena.total_bytes,
+            weight_bytes=self.config.weight_bytes,
+            page=self.config.page,
+            max_sequences=self.config.max_sequences,
+        )
+
+    # ---- commands -------------------------------------------------------------------------------
+
+    def take(self, command: wire.Command) -> None:
+        """Act on one command of the engine."""
+        match command:
+            case wire.Load():
+                self._residency.load(command)
+            case wire.Evict(chain):
+                self._leave(chain)
+            case wire.Open():
+                self._opened[command.request] = command
+            case wire.Prompt():
+                self._begin(command)
+            case wire.Close(request):
+                self._close(request)
+            case wire.Drain():
+                self.is_draining = True
+
+    def _begin(self, prompt: wire.Prompt) -> None:
+        opened = self._opened.pop(prompt.request, None)
+        if opened is None:
+            self._counters["dropped_messages"] += 1
+            return
+        chain = self._chains.get(opened.chain)
+        if chain is None or chain.leaving:
+            self._fail(opened.chain, prompt.request, "its variant is not loaded on this worker")
+            return
+        known = np.frombuffer(prompt.tokens, "<i4")
+        room = len(known) - prompt.emitted + opened.sampling.max_tokens
+        if room > self._memory.largest_request(chain.kv, chain.num_layers):
+            self._fail(chain.id, prompt.request, f"{room} tokens do not fit this worker's KV memory")
+            return
+        tokens = np.zeros(room, np.int32)
+        tokens[: len(known)] = known
+        self._requests.open(
+            Request(
+                id=prompt.request,
+                chain=chain,
+                sampling=opened.sampling,
+                salt=opened.salt,
+                priority=opened.priority,
+                opened_at=time.monotonic(),
+                tokens=tokens,
+                length=len(known),
+                outputs=prompt.emitted,
+            )
+        )
+
+    def _close(self, request: wire.RequestId) -> None:
+        self._opened.pop(request, None)
+        known = self._requests.find(request)
+        if known is not None:
+            self._end(known)
+
+    def _end(self, request: Request) -> None:
+        self._requests.close(request)
+        self._sampler.forget(request.id)
+        if request.chain.leaving and request.chain.users == 0:
+            self._forget(request.chain)
+
+    def _leave(self, chain_id: wire.ChainId) -> None:
+        chain = self._chains.get(chain_id)
+        if chain is None:
+            self._residency.evict(chain_id)
+            return
+        chain.leaving = True
+        if chain.users == 0:
+            self._forget(chain)
+
+    def _forget(self, chain: ServedChain) -> None:
+        self._chains.remove(chain.id)
+        self._runner.remove(chain.id)
+        self._residency.evict(chain.id)
+
+    def _fail(self, chain: wire.ChainId, request: wire.RequestId, reason: str) -> None:
+        self._counters["failed_requests"] += 1
+        self._send(wire.Failed(chain, request, reason))
+
+    def collect(self) -> None:
+        """Take in what the loader thread has finished."""
+        for outcome in self._residency.finished():
+            match outcome:
+                case LoadedChain():
+                    self._adopt(outcome)
+                case LoadFailure(chain, reason):
+                    self._send(wire.Failed(chain, wire.RequestId(-1), reason))
+                case Eviction(chain, freed):
+                    self._send(wire.Evicted(chain, freed))
+
+    def _adopt(self, loaded: LoadedChain) -> None:
+        chain = loaded.chain
+        self._chains.add(chain)
+        self._runner.add(loaded)
+        longest = min(
+            chain.context, self._memory.largest_request(chain.kv, chain.num_layers)
+        )
+        self._send(
+            wire.Loaded(
+                chain.id, loaded.moved_bytes, loaded.chain_bytes, loaded.seconds, longest
+            )
+        )
+
+    # ---- one wave -------------------------------------------------------------------------------
+
+    def step(self) -> bool:
+        """Start what can start, run one wave, report its tokens; False if there was none to run."""
+        began = time.perf_counter()
+        now = time.monotonic()
+        for request in self._requests.start():
+            self._counters["prompt_tokens"] += request.length - request.outputs
+            self._send(
+                wire.Started(request.id, request.cached_tokens, now - request.opened_at)
+            )
+        steps = decide(
+            self._requests.running.values(),
+            max_rows=self.config.max_rows,
+            page=self.config.page,
+            now=now,
+            last_turn=self._turns,
+        )
+        if not steps:
+            return False
+        self.steps += 1
+        self._turns[steps[0].request.chain.group] = self.steps
+        wave = arrange(steps)
+        decided = time.perf_counter()
+        self.clock.decide += decided - began
+        try:
+            with torch.inference_mode():
+                logits = self._runner.run(wave)
+                ran = time.perf_counter()
+                self.clock.ops += ran - decided
+                self._absorb(steps, logits)
+        except (RuntimeError, MemoryError) as error:
+            _log.exception("a wave of %d steps failed", len(steps))
+            self._abandon(steps, f"the worker could not compute it: {error}")
+        return True
+
+    def _absorb(self, steps: list[Step], logits: list[Logits]) -> None:
+        """Choose tokens, advance requests, report."""
+        began = time.perf_counter()
+        for part in logits:
+            self._score(part)
+        for step in steps:
+            self._requests.advance(step.request, step.span, step.count)
+        for part in logits:
+            chosen = [i for i, s in enumerate(part.steps) if part.positions[i] + 1 == s.request.length]
+            if chosen:
+                everything = len(chosen) == len(part.steps)
+                data = part.data if everything else part.data[chosen]
+                self._emit(data, [part.steps[i].request for i in chosen])
+        self.clock.absorb += time.perf_counter() - began
+
+    def _emit(self, data: torch.Tensor, requests: list[Request]) -> None:
+        """Sample a token for each request and send them in one message."""
+        began = time.perf_counter()
+        tokens, logprobs = self._sampler.choose(data, requests)
+        self.clock.sample += time.perf_counter() - began
+        indices = tuple(r.outputs for r in requests)
+        finished: list[int] = []
+        for request, token in zip(requests, tokens, strict=True):
+            finished.append(_ending(request, token))
+            if finished[-1] == wire.CONTINUES:
+                self._requests.append(request, token)
+        self._counters["output_tokens"] += len(tokens)
+        ids = tuple(r.id for r in requests)
+        self._send(wire.Tokens(ids, tuple(tokens), indices, tuple(finished), logprobs))
+        for request, ending in zip(requests, finished, strict=True):
+            if ending != wire.CONTINUES:
+                self._end(request)
+
+    def _score(self, part: Logits) -> None:
+        """Report logprobs of prompt tokens where they are wanted: row i scores the token after it."""
+        by_request: dict[wire.RequestId, list[int]] = {}
+        for i, step in enumerate(part.steps):
+            if step.request.sampling.prompt_logprobs >= 0 and step.request.is_prefilling:
+                by_request.setdefault(step.request.id, []).append(i)
+        for request_id, rows in by_request.items():
+            request = part.steps[rows[0]].request
+            rows = [i for i in rows if part.positions[i] + 1 < request.length]
+            if rows:
+                nexts = [int(request.tokens[part.positions[i] + 1]) for i in rows]
+                scored = logprobs_of(
+                    part.data[rows], nexts, request.sampling.prompt_logprobs
+                )
+                first = part.positions[rows[0]] + 1
+                self._send(wire.Scored(request_id, first, tuple(scored)))
+
+    def _abandon(self, steps: list[Step], reason: str) -> None:
+        for step in steps:
+            if step.request.id in self._requests.running:
+                self._fail(step.request.chain.id, step.request.id, reason)
+                self._end(step.request)
+
+    # ---- reports --------------------------------------------------------------------------------
+
+    def status(self) -> wire.Status:
+        """The heartbeat."""
+        free, total = self._memory.usage()
+        requests = self._requests
+        return wire.Status(
+            steps=self.steps,
+            running=len(requests.running),
+            waiting=len(requests.waiting),
+            free_pages=free,
+            cached_pages=self._cache.pages,
+            total_pages=total,
+            weight_bytes=self.config.weight_bytes,
+            resident_bytes=self._residency.resident_bytes,
+            rss_bytes=psutil.Process().memory_info().rss,
+            chains=len(self._chains),
+            counters={
+                **self._counters,
+                "prefix_query_tokens": requests.query_tokens,
+                "prefix_hit_tokens": requests.hit_tokens,
+                "shared_pages": requests.shared_pages,
+                "evicted_pages": self._cache.evicted_pages,
+            },
+            seconds={
+                "ops": self.clock.ops,
+                "plan": self._runner.prepare_s,
+                "sample": self.clock.sample,
+                "decide": self.clock.decide,
+                "absorb": self.clock.absorb,
+                "idle": self.clock.idle,
+                "total": time.perf_counter() - self.clock.started,
+            },
+            blocks=self._blocks(),
+        )
+
+    def _blocks(self) -> tuple[wire.BlockReport, ...]:
+        users: dict[int, list[ServedChain]] = {}
+        for chain in self._chains:
+            for block in chain.blocks:
+                users.setdefault(block.key, []).append(chain)
+        return tuple(
+            self._runner.report(key, chains) for key, chains in sorted(users.items())
+        )
+
+
+def _ending(request: Request, token: int) -> int:
+    """Whether a request goes on after its next token."""
+    done = request.outputs + 1
+    if token in request.sampling.stop_token_ids and done > request.sampling.min_tokens:
+        return wire.STOPPED
+    return wire.LENGTH if done >= request.sampling.max_tokens else wire.CONTINUES

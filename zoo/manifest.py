@@ -1,0 +1,173 @@
+"""What the zoo says about weights: units, attachments, chains and variants, each named by a digest.
+
+Owned by the zoo, read by the engine and the workers. No torch here: manifests are small, typed and
+portable. A digest is the SHA-256 (hex) of the canonical JSON of the thing it names, so equal content
+has one name wherever it was made.
+"""
+
+import hashlib
+from typing import Literal, NewType
+
+import msgspec
+
+ObjectDigest = NewType("ObjectDigest", str)
+UnitDigest = NewType("UnitDigest", str)
+AttachmentDigest = NewType("AttachmentDigest", str)
+ChainDigest = NewType("ChainDigest", str)
+
+NormKind = Literal["rms", "layer"]
+Activation = Literal["silu", "gelu", "gelu_tanh"]
+Store = Literal["exact", "delta", "equivalent"]
+
+
+class Norm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A normalization over the last axis. `offset` is added to the stored weight (Gemma: 1)."""
+
+    kind: NormKind
+    eps: float
+    offset: float = 0.0
+
+
+class Rope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Rotary positions of an attention unit.
+
+    `inverse_frequencies` are the final ones (radians per position, float64, one per rotated pair), so
+    every scaling rule (linear, llama3, yarn) is settled at import and the worker only multiplies.
+    `attention_factor` multiplies cos and sin (yarn); `interleaved` pairs (0,1),(2,3).. instead of
+    halves. The rotated width is `2 * len(inverse_frequencies)`; the rest of the head passes through.
+    """
+
+    inverse_frequencies: tuple[float, ...]
+    attention_factor: float = 1.0
+    interleaved: bool = False
+
+
+class EmbedSpec(msgspec.Struct, frozen=True, tag="embed", forbid_unknown_fields=True):
+    """Token (and learned position) embedding. Roles: tokens.weight, positions.weight."""
+
+    hidden: int
+    vocabulary: int
+    scale: float = 1.0
+    position_offset: int = 0
+
+
+class AttentionSpec(msgspec.Struct, frozen=True, tag="attention", forbid_unknown_fields=True):
+    """An attention half-layer: x += O(attend(Q, K, V of norm(x))).
+
+    Roles: norm.{weight,bias}; q,k,v or one fused qkv .{weight,bias}; o.{weight,bias};
+    q_norm.weight, k_norm.weight where `qk_norm`. `transposed` says that matrices lie as [in, out].
+    """
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    norm: Norm
+    scale: float
+    rope: Rope | None = None
+    qk_norm: Norm | None = None
+    fused: bool = False
+    transposed: bool = False
+    window: int | None = None
+
+
+class MlpSpec(msgspec.Struct, frozen=True, tag="mlp", forbid_unknown_fields=True):
+    """An MLP half-layer: x += down(act(gate(n)) * up(n)) or down(act(up(n))), n = norm(x).
+
+    Roles: norm.{weight,bias}; gate, up, down .{weight,bias}; `gated` says whether gate exists.
+    """
+
+    hidden: int
+    intermediate: int
+    norm: Norm
+    activation: Activation
+    gated: bool = True
+    transposed: bool = False
+
+
+class HeadSpec(msgspec.Struct, frozen=True, tag="head", forbid_unknown_fields=True):
+    """Final norm and output head: logits = W norm(x). Roles: norm.{weight,bias}, head.{weight,bias}."""
+
+    hidden: int
+    vocabulary: int
+    norm: Norm
+
+
+Spec = EmbedSpec | AttentionSpec | MlpSpec | HeadSpec
+
+
+class Unit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The smallest stored piece of weights: its arithmetic and its tensors (role -> object)."""
+
+    spec: Spec
+    tensors: dict[str, ObjectDigest]
+
+
+class LoraTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """y += scale * B(A(x)) on the linear `role` of a unit; A is [rank, in], B is [out, rank]."""
+
+    role: str
+    a: ObjectDigest
+    b: ObjectDigest
+    rank: int
+    scale: float
+
+
+class Lora(msgspec.Struct, frozen=True, tag="lora", forbid_unknown_fields=True):
+    """A variant's low-rank pieces on one unit."""
+
+    targets: tuple[LoraTarget, ...]
+
+
+Attachment = Lora
+
+
+class Chain(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The ordered units of a variant and, beside each, its attachment or None (same length)."""
+
+    units: tuple[UnitDigest, ...]
+    attachments: tuple[AttachmentDigest | None, ...]
+
+
+class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A model that clients ask for by name.
+
+    `kind` is what it is to its base: "base", "full" (most units its own), "partial", "lora".
+    `files` maps file names (tokenizer.json, config.json, chat_template.jinja ...) to objects, and is
+    what `export` writes beside the weights. `context` is the longest sequence in tokens.
+    `eos` are the token ids that end an answer. `created` is in seconds since the epoch.
+    `tensors` keeps the source's own names in their order (checkpoint name -> object) for export;
+    for an adapter they are the adapter's tensors. `report` counts units by what became of them.
+    `borrowed` are the names in `files` that an adapter has from its base; export leaves them out.
+    """
+
+    name: str
+    chain: ChainDigest
+    family: str
+    kind: str
+    store: Store
+    base: str | None
+    source: str
+    created: float
+    hidden: int
+    vocabulary: int
+    context: int
+    dtype: str
+    eos: tuple[int, ...]
+    files: dict[str, ObjectDigest]
+    tensors: dict[str, ObjectDigest]
+    report: dict[str, int]
+    borrowed: tuple[str, ...] = ()
+
+
+_encoder = msgspec.json.Encoder(order="deterministic")
+
+
+def canonical(value: object) -> bytes:
+    """Canonical JSON of a manifest: sorted keys, no spaces."""
+    return _encoder.encode(value)
+
+
+def digest(value: object) -> str:
+    """SHA-256 (hex) of the canonical JSON of `value`."""
+    return hashlib.sha256(canonical(value)).hexdigest()
