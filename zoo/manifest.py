@@ -1,9 +1,8 @@
 """What the zoo says about weights: units, attachments, chains and variants, each named by a digest.
 
 Owned by the zoo, read by the engine and the workers. No torch here: manifests are small, typed and
-portable. A digest is the SHA-256 (hex) of the canonical JSON of the thing it names, so equal content
-has one name wherever it was made.
-"""
+portable. A digest is the SHA-256 (hex) of the canonical JSON of the thing it names, so equal
+content has one name wherever it was made."""
 
 import hashlib
 from typing import Literal, NewType
@@ -31,11 +30,11 @@ class Norm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Rope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Rotary positions of an attention unit.
 
-    `inverse_frequencies` are the final ones (radians per position, float64, one per rotated pair), so
-    every scaling rule (linear, llama3, yarn) is settled at import and the worker only multiplies.
-    `attention_factor` multiplies cos and sin (yarn); `interleaved` pairs (0,1),(2,3).. instead of
-    halves. The rotated width is `2 * len(inverse_frequencies)`; the rest of the head passes through.
-    """
+    `inverse_frequencies` are the final ones (radians per position, float64, one per rotated pair),
+    so every scaling rule (linear, llama3, yarn) is settled at import and the worker only
+    multiplies. `attention_factor` multiplies cos and sin (yarn); `interleaved` pairs (0,1),(2,3)..
+    instead of halves. The rotated width is `2 * len(inverse_frequencies)`; the rest of the head
+    passes through."""
 
     inverse_frequencies: tuple[float, ...]
     attention_factor: float = 1.0
@@ -86,7 +85,8 @@ class MlpSpec(msgspec.Struct, frozen=True, tag="mlp", forbid_unknown_fields=True
 
 
 class HeadSpec(msgspec.Struct, frozen=True, tag="head", forbid_unknown_fields=True):
-    """Final norm and output head: logits = W norm(x). Roles: norm.{weight,bias}, head.{weight,bias}."""
+    """Final norm and output head: logits = W norm(x). Roles: norm.{weight,bias},
+    head.{weight,bias}."""
 
     hidden: int
     vocabulary: int
@@ -133,13 +133,12 @@ class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A model that clients ask for by name.
 
     `kind` is what it is to its base: "base", "full" (most units its own), "partial", "lora".
-    `files` maps file names (tokenizer.json, config.json, chat_template.jinja ...) to objects, and is
-    what `export` writes beside the weights. `context` is the longest sequence in tokens.
-    `eos` are the token ids that end an answer. `created` is in seconds since the epoch.
-    `tensors` keeps the source's own names in their order (checkpoint name -> object) for export;
-    for an adapter they are the adapter's tensors. `report` counts units by what became of them.
-    `borrowed` are the names in `files` that an adapter has from its base; export leaves them out.
-    """
+    `files` maps file names (tokenizer.json, config.json, chat_template.jinja ...) to objects, and
+    is what `export` writes beside the weights. `context` is the longest sequence in tokens. `eos`
+    are the token ids that end an answer. `created` is in seconds since the epoch. `tensors` keeps
+    the source's own names in their order (checkpoint name -> object) for export; for an adapter
+    they are the adapter's tensors. `report` counts units by what became of them. `borrowed` are the
+    names in `files` that it has from its base; export leaves them out."""
 
     name: str
     chain: ChainDigest

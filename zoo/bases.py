@@ -1,0 +1,54 @@
+"""Which variant of the zoo a new one stands upon: as told, as its config says, or as its units
+show."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from zoo.adapters import Adapter
+from zoo.catalog import Catalog
+from zoo.errors import BadAdapter, BadSource
+from zoo.manifest import UnitDigest, Variant
+
+
+def base_of_adapter(catalog: Catalog, adapter: Adapter, told: str | None) -> Variant:
+    """The base that was told, else the one that the adapter's config names; raises BadAdapter."""
+    if told is not None:
+        return told_base(catalog, told)
+    wanted = adapter.config.base_model_name_or_path
+    found = [variant for variant in catalog.variants() if wanted and _is_called(variant, wanted)]
+    if len({variant.chain for variant in found}) == 1:
+        return found[0]
+    if found:
+        names = ", ".join(variant.name for variant in found)
+        raise BadAdapter(f"{adapter.source} may stand upon any of {names}: give one as --base NAME")
+    named = f"{wanted!r}, which is not in the zoo" if wanted else "no base"
+    raise BadAdapter(f"{adapter.source} is an adapter that names {named}: give --base NAME")
+
+
+def told_base(catalog: Catalog, name: str) -> Variant:
+    """A variant that the user named as a base; an adapter cannot be one."""
+    base = catalog.variant(name)
+    if base.kind == "lora":
+        raise BadSource(f"{name!r} is itself an adapter: give --base {base.base}, its own base")
+    return base
+
+
+def closest(catalog: Catalog, units: Sequence[UnitDigest], name: str) -> Variant | None:
+    """The variant that has most of these units too, if any; not the one that `name` replaces."""
+    wanted = set(units)
+    best: tuple[int, Variant] | None = None
+    for variant in sorted(catalog.variants(), key=lambda variant: variant.created):
+        if variant.name == name or variant.kind == "lora":
+            continue
+        shared = len(wanted.intersection(catalog.chain(variant.chain).units))
+        if shared and (best is None or shared > best[0]):
+            best = (shared, variant)
+    return best[1] if best else None
+
+
+def _is_called(variant: Variant, wanted: str) -> bool:
+    if variant.kind == "lora":
+        return False
+    path = Path(wanted).expanduser()
+    resolved = str(path.resolve()) if path.exists() else wanted
+    return wanted in {variant.name, variant.source} or resolved == variant.source

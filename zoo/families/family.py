@@ -1,0 +1,205 @@
+"""What a family is: where each tensor of its checkpoints belongs, and what its config means.
+
+A family is data: the module names of its architecture beside our roles, and one function that
+turns a config into specs. Everything else here is derived from that, in both directions:
+checkpoint tensor name <-> (unit, role), and the module path that an adapter names -> (unit, role).
+
+Units are numbered along the chain: 0 the embedding, 1 + 2i attention of layer i, 2 + 2i its MLP,
+last the head.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, TypeAlias
+
+from zoo.errors import UnsupportedFamily
+from zoo.manifest import Activation, AttentionSpec, EmbedSpec, HeadSpec, MlpSpec, Spec
+
+# A transformers config: which attributes it has depends on the family.
+Config: TypeAlias = Any
+
+TOKENS = "tokens.weight"
+HEAD = "head.weight"
+
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A tensor's or a module's place in a chain; `role` is "q.weight" for a tensor, "q" for a
+    module."""
+
+    unit: int
+    role: str
+
+
+@dataclass(frozen=True, slots=True)
+class Design:
+    """A config, read: the specs of the chain and what they leave open.
+
+    `biased` are the modules that have a bias ("norm": every norm of the chain). `positions` is the
+    number of learned positions.
+    """
+
+    embed: EmbedSpec
+    layers: tuple[tuple[AttentionSpec, MlpSpec], ...]
+    head: HeadSpec
+    biased: frozenset[str]
+    tied: bool
+    context: int
+    positions: int = 0
+
+    @property
+    def specs(self) -> tuple[Spec, ...]:
+        """The chain's specs in order."""
+        halves = [half for layer in self.layers for half in layer]
+        return (self.embed, *halves, self.head)
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """An architecture. Module names are relative to `prefix`, those of layers to `layer` as well.
+
+    `outside` are modules that never carry the prefix. `ignored` are glob patterns of tensors that
+    checkpoints may carry and the architecture does not read (kept for export only).
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    design: Callable[[Config], Design]
+    embed: Mapping[str, str]
+    attention: Mapping[str, str]
+    mlp: Mapping[str, str]
+    head: Mapping[str, str]
+    prefix: str = "model."
+    layer: str = "layers."
+    outside: tuple[str, ...] = ("lm_head",)
+    ignored: tuple[str, ...] = ()
+
+    def module(self, path: str, num_layers: int) -> Place | None:
+        """The linear layer, norm or embedding that a module path names, if there is one."""
+        name = path if path in self.outside else path.removeprefix(self.prefix)
+        match = re.fullmatch(re.escape(self.layer) + r"(0|[1-9]\d{0,5})\.(.+)", name)
+        if match is None:
+            return _find({0: self.embed, 1 + 2 * num_layers: self.head}, name)
+        index = int(match[1])
+        if index >= num_layers:
+            return None
+        return _find({1 + 2 * index: self.attention, 2 + 2 * index: self.mlp}, match[2])
+
+    def tensor(self, name: str, num_layers: int) -> Place | None:
+        """The weight or bias that a checkpoint's tensor name means, if there is one."""
+        path, _, kind = name.rpartition(".")
+        if kind not in {"weight", "bias"}:
+            return None
+        place = self.module(path, num_layers)
+        return Place(place.unit, f"{place.role}.{kind}") if place else None
+
+    def tensor_name(self, place: Place, num_layers: int) -> str:
+        """The full checkpoint name of a weight or bias: the way back from `tensor`."""
+        role, _, kind = place.role.rpartition(".")
+        if place.unit == 0:
+            module = self.embed[role]
+        elif place.unit == 1 + 2 * num_layers:
+            module = self.head[role]
+        else:
+            index, half = divmod(place.unit - 1, 2)
+            module = f"{self.layer}{index}.{(self.attention, self.mlp)[half][role]}"
+        return f"{'' if module in self.outside else self.prefix}{module}.{kind}"
+
+    def is_ignored(self, name: str) -> bool:
+        """Whether a checkpoint may carry this tensor although nothing reads it."""
+        short = name.removeprefix(self.prefix)
+        return any(fnmatchcase(short, pattern) for pattern in self.ignored)
+
+    def shapes(self, design: Design) -> list[dict[str, tuple[int, ...]]]:
+        """The shape of every tensor of every unit, by role. All of them must be in a checkpoint,
+        but for one side of a tied head."""
+        tables = (self.attention, self.mlp)
+        units = [_embed_shapes(design)]
+        for layer in design.layers:
+            for table, spec in zip(tables, layer, strict=True):
+                units.append(_half_shapes(table, spec, design.biased))
+        units.append(_head_shapes(self.head, design))
+        return units
+
+
+def activation(name: str) -> Activation:
+    """Our name of an activation function; raises UnsupportedFamily."""
+    if name not in _ACTIVATIONS:
+        known = ", ".join(sorted(_ACTIVATIONS))
+        raise UnsupportedFamily(f"the activation {name!r} is not supported: known are {known}")
+    return _ACTIVATIONS[name]
+
+
+def _find(tables: Mapping[int, Mapping[str, str]], name: str) -> Place | None:
+    for unit, table in tables.items():
+        for role, module in table.items():
+            if module == name:
+                return Place(unit, role)
+    return None
+
+
+def _embed_shapes(design: Design) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {
+        TOKENS: (design.embed.vocabulary, design.embed.hidden),
+    }
+    if design.positions:
+        shapes["positions.weight"] = (design.positions, design.embed.hidden)
+    return shapes
+
+
+def _half_shapes(
+    table: Mapping[str, str], spec: AttentionSpec | MlpSpec, biased: frozenset[str]
+) -> dict[str, tuple[int, ...]]:
+    vectors, matrices = _half_sizes(spec)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for role in table:
+        if role in vectors:
+            shapes[f"{role}.weight"] = (vectors[role],)
+            out = vectors[role]
+        else:
+            out, width = matrices[role]
+            shapes[f"{role}.weight"] = (width, out) if spec.transposed else (out, width)
+        if role in biased:
+            shapes[f"{role}.bias"] = (out,)
+    return shapes
+
+
+def _half_sizes(
+    spec: AttentionSpec | MlpSpec,
+) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
+    """Widths of a half-layer's norms, and (out, in) of its linear layers."""
+    hidden = spec.hidden
+    if isinstance(spec, MlpSpec):
+        inner = (spec.intermediate, hidden)
+        return {"norm": hidden}, {"gate": inner, "up": inner, "down": (hidden, spec.intermediate)}
+    width, kv_width = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    norms = {"norm": hidden, "q_norm": spec.head_dim, "k_norm": spec.head_dim}
+    return norms, {
+        "q": (width, hidden),
+        "k": (kv_width, hidden),
+        "v": (kv_width, hidden),
+        "qkv": (width + 2 * kv_width, hidden),
+        "o": (hidden, width),
+    }
+
+
+def _head_shapes(table: Mapping[str, str], design: Design) -> dict[str, tuple[int, ...]]:
+    spec = design.head
+    shapes: dict[str, tuple[int, ...]] = {}
+    for role in table:
+        out = spec.vocabulary if role == "head" else spec.hidden
+        shapes[f"{role}.weight"] = (out, spec.hidden) if role == "head" else (out,)
+        if role in design.biased:
+            shapes[f"{role}.bias"] = (out,)
+    return shapes

@@ -1,0 +1,27 @@
+"""Rotary positions of a config, settled at import.
+
+transformers' own rotary class computes the inverse frequencies and the attention factor, so ours
+equal its float32 values bit for bit whatever the scaling rule. Rules whose frequencies depend on
+the length of the sequence cannot be settled at import and are refused.
+"""
+
+from zoo.errors import UnsupportedFamily
+from zoo.families.family import Config
+from zoo.manifest import Rope
+
+_SETTLED = ("default", "linear", "llama3", "yarn")
+
+
+def rope(config: Config, rotary: type) -> Rope:
+    """What `rotary`, a RotaryEmbedding class of transformers, makes of a config."""
+    kind = config.rope_parameters["rope_type"]
+    if kind not in _SETTLED:
+        raise UnsupportedFamily(
+            f"rotary positions of type {kind!r} depend on the length of the sequence and are not "
+            f"supported: supported are {', '.join(_SETTLED)}"
+        )
+    embedding = rotary(config)
+    return Rope(
+        inverse_frequencies=tuple(embedding.inv_freq.double().tolist()),
+        attention_factor=float(embedding.attention_scaling),
+    )
