@@ -1,10 +1,10 @@
 """The kernel interface: what a device must be able to do for the workers.
 
-Three implementations: `ext.reference` (plain torch, the specification), `ext.cpu` (native CPU kernels)
-and `ext.cuda`. Activations are float32 [rows, width] on CPU (the model's dtype on CUDA) and lie on the
-implementation's device. A row is one position of one sequence; rows of a sequence lie together and in
-order. `workers.runner` is the only caller of the step operations, `workers.residency` of `matrix` and
-`vector`.
+Three implementations: `ext.reference` (plain torch, the specification), `ext.cpu` (native CPU
+kernels) and `ext.cuda`. Activations are float32 [rows, width] on CPU (the model's dtype on CUDA)
+and lie on the implementation's device. A row is one position of one sequence; rows of a sequence
+lie together and in order. `workers.runner` is the only caller of the step operations,
+`workers.residency` of `matrix` and `vector`.
 
 A step runs per layer as: project -> attend -> accumulate (attention unit), project -> activate ->
 accumulate (MLP unit), so an implementation can fuse norms, biases, adapters, rope, cache writes and
@@ -13,11 +13,14 @@ residuals into few launches.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
+
+# Made and read by one implementation alone.
+Opaque: TypeAlias = Any
 
 NormKind = Literal["rms", "layer"]
 Activation = Literal["silu", "gelu", "gelu_tanh"]
@@ -26,9 +29,14 @@ Activation = Literal["silu", "gelu", "gelu_tanh"]
 class Matrix(Protocol):
     """A resident weight [out, in] in the implementation's own form."""
 
-    out_features: int
-    in_features: int
-    nbytes: int
+    @property
+    def out_features(self) -> int: ...
+
+    @property
+    def in_features(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +64,11 @@ class LoraSegment:
 
 @dataclass(eq=False, slots=True)
 class Patch:
-    """The attachments of one linear layer for one arrangement of rows; kept by the caller while that
-    arrangement lasts, so an implementation may leave its prepared form in `prepared`."""
+    """The attachments of one linear layer for one arrangement of rows; kept by the caller while
+    that arrangement lasts, so an implementation may leave its prepared form in `prepared`."""
 
     segments: tuple[LoraSegment, ...]
-    prepared: Any = None
+    prepared: Opaque = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +84,10 @@ class Geometry:
     """Where the rows of a batch stand: numpy, made once per wave.
 
     Sequence i owns rows [starts[i], starts[i+1]) at positions contexts[i] - n_i .. contexts[i] - 1,
-    where n_i is its number of rows; contexts[i] counts its tokens after this step. `tables[i, l, p]`
-    is the page of attention layer l (counted within the batch's chains) that holds positions
-    [16 p, 16 p + 16). Shapes: starts int32 [S + 1], contexts int32 [S], tables int32 [S, layers, P].
-    """
+    where n_i is its number of rows; contexts[i] counts its tokens after this step. `tables[i, l,
+    p]` is the page of attention layer l (counted within the batch's chains) that holds positions
+    [16 p, 16 p + 16). Shapes: starts int32 [S + 1], contexts int32 [S], tables int32 [S, layers,
+    P]."""
 
     starts: np.ndarray
     contexts: np.ndarray
@@ -103,13 +111,37 @@ class Cache:
 
 
 class Plan(Protocol):
-    """An implementation's prepared form of a Geometry: positions, write slots, page lists per layer."""
+    """An implementation's prepared form of a Geometry: positions, write slots, page lists per
+    layer."""
 
-    geometry: Geometry
+    @property
+    def geometry(self) -> Geometry: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """How a layer attends: norms of q and k per head, rotary, the scale of the scores, and how many
+    positions back a row sees (None: all)."""
+
+    scale: float
+    rotary: Opaque = None
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    window: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a layer attends: the pages, which attention layer of the chains it is, and the plan."""
+
+    cache: Cache
+    layer: int
+    plan: Opaque
 
 
 class Ops(Protocol):
-    """See the module's text. All tensors returned are fresh; `accumulate` alone writes in place."""
+    """See the module's text. All tensors returned are fresh; `accumulate` alone writes in place.
+    Matrices, rotaries and plans are passed only to the implementation that made them."""
 
     name: str
     device: torch.device
@@ -125,14 +157,15 @@ class Ops(Protocol):
 
     def rotary(
         self, inverse_frequencies: Sequence[float], factor: float, interleaved: bool, positions: int
-    ) -> Any:
+    ) -> Opaque:
         """Prepared rotary embedding for positions below `positions`: the first
         2 * len(inverse_frequencies) elements of a head turn (halves, or neighbours if interleaved),
         cos and sin are multiplied by `factor`, the rest passes."""
         ...
 
-    def cache(self, pages: int, page: int, kv_heads: int, head_dim: int) -> Cache:
-        """KV pages; memory is committed as it is written."""
+    def memory(self, nbytes: int) -> Tensor:
+        """Bytes for KV pages, uint8 [nbytes], at least 64-byte aligned; host memory is committed as
+        it is written."""
         ...
 
     def plan(self, geometry: Geometry) -> Plan:
@@ -140,9 +173,16 @@ class Ops(Protocol):
         ...
 
     def embed(
-        self, tokens: np.ndarray, table: Matrix, scale: float, positions: Matrix | None, plan: Plan, offset: int
+        self,
+        tokens: np.ndarray,
+        table: Opaque,
+        scale: float,
+        positions: Opaque,
+        plan: Opaque,
+        offset: int,
     ) -> Tensor:
-        """x[r] = scale * table[tokens[r]] (+ positions[position r + offset]); tokens int64 [rows]."""
+        """x[r] = scale * table[tokens[r]] (+ positions[position r + offset]); tokens int64
+        [rows]."""
         ...
 
     def project(
@@ -152,26 +192,13 @@ class Ops(Protocol):
         linears: Sequence[Linear],
         patches: Sequence[Patch | None],
     ) -> list[Tensor]:
-        """y_i = linear_i(norm(x)) + patch_i(norm(x)); norm None: x as it is. float32 [rows, out_i]."""
+        """y_i = linear_i(norm(x)) + patch_i(norm(x)); norm None: x as it is. float32 [rows,
+        out_i]."""
         ...
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        cache: Cache,
-        layer: int,
-        plan: Plan,
-        rotary: Any | None,
-        q_norm: Norm | None,
-        k_norm: Norm | None,
-        scale: float,
-        window: int | None,
-    ) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, how: Attention, at: Place) -> Tensor:
         """Norm q and k per head where asked, rotate them, write k and v into the pages, then causal
-        attention of each row over its sequence's positions (the last `window`, if set).
+        attention of each row over its sequence's positions (the last `how.window`, if set).
 
         q [rows, heads * head_dim], k and v [rows, kv_heads * head_dim] -> [rows, heads * head_dim].
         """

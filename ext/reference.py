@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ext.ops import Activation, Cache, Geometry, Linear, Norm, Patch
+from ext.ops import Activation, Attention, Cache, Geometry, Linear, Norm, Patch, Place
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +82,8 @@ class TorchOps:
         angles = angles * frequencies
         return Rotary(angles.cos() * factor, angles.sin() * factor, interleaved)
 
-    def cache(self, pages: int, page: int, kv_heads: int, head_dim: int) -> Cache:
-        data = torch.empty(
-            (pages, 2, page, kv_heads, head_dim), dtype=torch.float32, device=self.device
-        )
-        return Cache(data, page)
+    def memory(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def plan(self, geometry: Geometry) -> TorchPlan:
         starts, contexts = geometry.starts, geometry.contexts
@@ -149,40 +146,27 @@ class TorchOps:
             y[s.first : s.last] += F.linear(low, s.b)
         return y
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        cache: Cache,
-        layer: int,
-        plan: TorchPlan,
-        rotary: Rotary | None,
-        q_norm: Norm | None,
-        k_norm: Norm | None,
-        scale: float,
-        window: int | None,
-    ) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, how: Attention, at: Place) -> Tensor:
+        cache, plan = at.cache, at.plan
         kv_heads, dim = cache.data.shape[3:]
         q, k, v = (t.view(len(t), -1, dim) for t in (q, k, v))
-        q = q if q_norm is None else normalize(q, q_norm)
-        k = k if k_norm is None else normalize(k, k_norm)
-        if rotary is not None:
-            q, k = (rotate(t, rotary, plan.positions) for t in (q, k))
-        cache.data[plan.pages[layer], 0, plan.offsets] = k
-        cache.data[plan.pages[layer], 1, plan.offsets] = v
+        q = q if how.q_norm is None else normalize(q, how.q_norm)
+        k = k if how.k_norm is None else normalize(k, how.k_norm)
+        if how.rotary is not None:
+            q, k = (rotate(t, how.rotary, plan.positions) for t in (q, k))
+        cache.data[plan.pages[at.layer], 0, plan.offsets] = k
+        cache.data[plan.pages[at.layer], 1, plan.offsets] = v
         out = torch.empty_like(q)
-        table = plan.tables[layer]
+        table = plan.tables[at.layer]
         if len(plan.singles):
             rows = plan.single_rows
             context = plan.positions[rows] + 1
             pages = table[plan.singles][:, : (int(context.max()) - 1) // cache.page + 1]
-            out[rows] = _attend_rows(q[rows], _gather(cache, pages), context, scale, window)
+            out[rows] = _attend_rows(q[rows], _gather(cache, pages), context, how)
         for i, first, last, context in plan.chunks:
             pages = table[i : i + 1, : (context - 1) // cache.page + 1]
             keys = _gather(cache, pages)[:, :, :context]
-            out[first:last] = _attend_chunk(q[first:last], keys, scale, window, kv_heads)
+            out[first:last] = _attend_chunk(q[first:last], keys, how, kv_heads)
         return out.view(len(out), -1)
 
     def activate(self, gate: Tensor | None, up: Tensor, kind: Activation) -> Tensor:
@@ -224,27 +208,23 @@ def _gather(cache: Cache, pages: Tensor) -> Tensor:
     return data.reshape(*data.shape[:2], -1, *data.shape[-2:])
 
 
-def _attend_rows(
-    q: Tensor, keys: Tensor, context: Tensor, scale: float, window: int | None
-) -> Tensor:
+def _attend_rows(q: Tensor, keys: Tensor, context: Tensor, how: Attention) -> Tensor:
     """One row per sequence: q [S, heads, dim], keys [S, 2, T, kv_heads, dim], context [S]."""
     at = torch.arange(keys.shape[2], device=q.device)
     seen = at < context[:, None]
-    if window is not None:
-        seen &= at >= context[:, None] - window
+    if how.window is not None:
+        seen &= at >= context[:, None] - how.window
     # What lies beyond the context was never written and may be NaN, which no mask would stop.
     keys = keys.masked_fill(~seen[:, None, :, None, None], 0.0)
     k, v = keys[:, 0].transpose(1, 2), keys[:, 1].transpose(1, 2)
     grouped = q.view(len(q), k.shape[1], -1, q.shape[-1])
     out = F.scaled_dot_product_attention(
-        grouped, k, v, attn_mask=seen[:, None, None, :], scale=scale
+        grouped, k, v, attn_mask=seen[:, None, None, :], scale=how.scale
     )
     return out.reshape(q.shape)
 
 
-def _attend_chunk(
-    q: Tensor, keys: Tensor, scale: float, window: int | None, kv_heads: int
-) -> Tensor:
+def _attend_chunk(q: Tensor, keys: Tensor, how: Attention, kv_heads: int) -> Tensor:
     """Rows that end a sequence: q [n, heads, dim], keys [1, 2, T, kv_heads, dim], T its context."""
     n, heads, _ = q.shape
     k, v = keys[:, 0].transpose(1, 2), keys[:, 1].transpose(1, 2)
@@ -252,11 +232,11 @@ def _attend_chunk(
     at = torch.arange(total, device=q.device)
     row = at[total - n :, None]
     seen = at <= row
-    if window is not None:
-        seen &= at > row - window
+    if how.window is not None:
+        seen &= at > row - how.window
     group = heads // kv_heads
     grouped = q.view(n, kv_heads, group, -1).permute(1, 2, 0, 3)[None]
     out = F.scaled_dot_product_attention(
-        grouped, k[:, :, None], v[:, :, None], attn_mask=seen, scale=scale
+        grouped, k[:, :, None], v[:, :, None], attn_mask=seen, scale=how.scale
     )
     return out[0].permute(2, 0, 1, 3).reshape(q.shape)

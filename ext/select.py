@@ -17,7 +17,8 @@ def select_ops(device: str, wanted: str, threads: int) -> Ops:
     "auto" takes the native ones where they run and falls back to torch with a warning.
     """
     if device == "cpu" and wanted != "torch":
-        from ext.cpu import CpuOps, Unavailable
+        from ext.build import Unavailable
+        from ext.cpu import CpuOps
 
         try:
             return CpuOps(threads=threads)

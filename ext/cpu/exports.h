@@ -1,0 +1,19 @@
+// The plain C interface that ext/cpu.py loads.
+#pragma once
+#include "pool.h"
+#include "records.h"
+
+#define BLOCKLLM_EXPORT extern "C" __attribute__((visibility("default")))
+
+BLOCKLLM_EXPORT blockllm::Pool* blockllm_open(int64_t threads);
+BLOCKLLM_EXPORT void blockllm_close(blockllm::Pool* pool);
+BLOCKLLM_EXPORT int64_t blockllm_panel();  // outputs per panel
+
+BLOCKLLM_EXPORT void blockllm_pack(blockllm::Pool* pool, const blockllm::Packing* packing);
+BLOCKLLM_EXPORT void blockllm_embed(blockllm::Pool* pool, const blockllm::EmbedCall* call);
+BLOCKLLM_EXPORT void blockllm_project(blockllm::Pool* pool, const blockllm::ProjectCall* call);
+BLOCKLLM_EXPORT void blockllm_attend(blockllm::Pool* pool, const blockllm::AttendCall* call);
+BLOCKLLM_EXPORT void blockllm_activate(blockllm::Pool* pool, const blockllm::ActivateCall* call);
+BLOCKLLM_EXPORT void blockllm_argmax(blockllm::Pool* pool, const blockllm::SelectCall* call);
+BLOCKLLM_EXPORT void blockllm_top_k(blockllm::Pool* pool, const blockllm::SelectCall* call);
+BLOCKLLM_EXPORT void blockllm_log_sum_exp(blockllm::Pool* pool, const blockllm::SelectCall* call);

@@ -1,0 +1,105 @@
+// The register tile: M rows by P panels, sums held in registers over a run of inputs.
+//
+// Every element of a product is one chain of fused multiply-adds over inputs 0, 1, 2, ...; sums that
+// leave the registers between runs are stored and loaded exactly. So a row's result does not depend
+// on the tile that computed it, nor on the other rows of the batch.
+#pragma once
+#include "panel.h"
+
+namespace blockllm {
+
+// What a tile reads and writes: `a` is [run][M], panels lie `panel_stride` elements apart, their sums
+// `sums_stride` floats. `soon` are two places of memory to fetch meanwhile, `pace` bytes per input.
+template <class Element>
+struct TileCall {
+  const float* a;
+  const Element* weights;
+  int64_t panel_stride, run;
+  float* sums;
+  int64_t sums_stride;
+  bool first;  // sums begin at zero
+  struct {
+    const char* at;
+    int64_t pace;
+  } soon[2];
+};
+
+// sums[p][i][kPanel] (+)= a[k][i] * weights[p][k][kPanel] for k < run.
+template <class T, int M, int P>
+void multiply_tile(const TileCall<typename T::Element>& c) {
+  Vec low[P][M], high[P][M];
+#pragma GCC unroll 4
+  for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 12
+    for (int i = 0; i < M; ++i) {
+      const float* from = c.sums + p * c.sums_stride + i * kPanel;
+      low[p][i] = c.first ? zero() : load(from);
+      high[p][i] = c.first ? zero() : load(from + kLanes);
+    }
+  }
+  const float* a = c.a;
+  const auto* weights = c.weights;
+  const char* soon = c.soon[0].at;
+  const char* later = c.soon[1].at;
+#pragma GCC unroll 2
+  for (int64_t k = 0; k < c.run; ++k) {
+    if constexpr (P == 1) {
+      _mm_prefetch(soon, _MM_HINT_T0);
+      _mm_prefetch(later, _MM_HINT_T0);
+      soon += c.soon[0].pace;
+      later += c.soon[1].pace;
+    }
+    Vec w_low[P], w_high[P];
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) T::widen(weights + p * c.panel_stride, w_low[p], w_high[p]);
+    weights += kPanel;
+#pragma GCC unroll 12
+    for (int i = 0; i < M; ++i) {
+      const Vec x = fill(a[i]);
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) {
+        low[p][i] = fma(x, w_low[p], low[p][i]);
+        high[p][i] = fma(x, w_high[p], high[p][i]);
+      }
+    }
+    a += M;
+  }
+#pragma GCC unroll 4
+  for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 12
+    for (int i = 0; i < M; ++i) {
+      float* to = c.sums + p * c.sums_stride + i * kPanel;
+      store(to, low[p][i]);
+      store(to + kLanes, high[p][i]);
+    }
+  }
+}
+
+// How many panels a tile of `rows` rows spans: enough independent sums to hide the latency of a
+// multiply-add (two per cycle, four cycles: eight).
+constexpr int panels_per_tile(int64_t rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+
+template <class T>
+using TileFunction = void (*)(const TileCall<typename T::Element>&);
+
+template <class T, int M>
+TileFunction<T> tile_of_rows(int64_t panels) {
+  if constexpr (M == 1) {
+    if (panels >= 4) return multiply_tile<T, M, 4>;
+  }
+  if constexpr (M <= 2) {
+    if (panels >= 2) return multiply_tile<T, M, 2>;
+  }
+  return multiply_tile<T, M, 1>;
+}
+
+// The tile for `rows` <= kTileRows and at most `panels` panels (4, 2 or 1 are spanned).
+template <class T, int M = 1>
+TileFunction<T> tile_for(int64_t rows, int64_t panels) {
+  if constexpr (M < kTileRows) {
+    if (rows > M) return tile_for<T, M + 1>(rows, panels);
+  }
+  return tile_of_rows<T, M>(panels);
+}
+
+}  // namespace blockllm

@@ -1,0 +1,51 @@
+"""Memory of resident weights: side by side in large mappings that the system backs with huge pages.
+
+Reading weights of a megabyte or two through 4 KiB pages costs a quarter of the bandwidth.
+"""
+
+import mmap
+import weakref
+
+import numpy as np
+
+_CHUNK = 32 << 20
+_HUGE_PAGE = 2 << 20
+_LINE = 64
+
+
+def reserve(nbytes: int) -> mmap.mmap:
+    """Zeroed private memory: committed as it is written, returned to the system when dropped."""
+    memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if nbytes >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+class Arena:
+    """Hands out arrays of bytes. A dropped array's pages go back to the system at once; its
+    addresses stay unused until its whole mapping is dropped."""
+
+    def __init__(self) -> None:
+        self._chunk: mmap.mmap | None = None
+        self._used = _CHUNK
+
+    def take(self, nbytes: int) -> np.ndarray:
+        """`nbytes` zero bytes, uint8, aligned to a cache line."""
+        if nbytes > _CHUNK // 4:
+            return np.frombuffer(reserve(nbytes), dtype=np.uint8)
+        if self._chunk is None or self._used + nbytes > _CHUNK:
+            self._chunk, self._used = reserve(_CHUNK), 0
+        begin = self._used
+        self._used += -(-nbytes // _LINE) * _LINE
+        array = np.frombuffer(self._chunk, dtype=np.uint8, count=nbytes, offset=begin)
+        finalizer = weakref.finalize(array, _release, self._chunk, begin, begin + nbytes)
+        finalizer.atexit = False
+        return array
+
+
+def _release(chunk: mmap.mmap, begin: int, end: int) -> None:
+    """Gives back the pages that lie wholly within [begin, end)."""
+    first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = end // mmap.PAGESIZE * mmap.PAGESIZE - first
+    if length > 0:
+        chunk.madvise(mmap.MADV_DONTNEED, first, length)

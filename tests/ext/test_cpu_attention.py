@@ -1,0 +1,198 @@
+"""Native attention over pages against plain torch; bounds as in test_cpu_linear."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ext.build import supported
+from ext.cpu import CpuOps
+from ext.ops import Attention, Cache, Geometry, Norm, Place
+from ext.reference import TorchOps
+
+pytestmark = pytest.mark.skipif(not supported(), reason="needs AVX2, FMA and F16C")
+
+BOUND = 1e-5
+REFERENCE = TorchOps()
+
+
+@pytest.fixture(scope="module", params=supported())
+def ops(request: pytest.FixtureRequest) -> CpuOps:
+    torch.manual_seed(0)
+    return CpuOps(threads=2, isa=request.param)
+
+
+@dataclass(frozen=True)
+class Shape:
+    heads: int
+    kv_heads: int
+    dim: int
+    page: int = 16
+    layers: int = 2
+
+
+def geometry(new: list[int], contexts: list[int], shape: Shape, seed: int = 0) -> Geometry:
+    """Sequences of `contexts` tokens whose last `new` ones are the rows, on shuffled pages."""
+    rng = np.random.default_rng(seed)
+    pages = max(-(-context // shape.page) for context in contexts) + 1
+    shuffled = rng.permutation(len(contexts) * shape.layers * pages)
+    tables = shuffled.reshape(len(contexts), shape.layers, pages).astype("i4")
+    starts = np.concatenate([[0], np.cumsum(new)]).astype("i4")
+    return Geometry(starts, np.array(contexts, "i4"), tables)
+
+
+def filled_cache(place: Geometry, shape: Shape) -> Cache:
+    """Random pages, but NaN where nothing was written: beyond each sequence's earlier context."""
+    data = torch.randn(place.tables.size, 2, shape.page, shape.kv_heads, shape.dim)
+    counts = np.diff(place.starts)
+    for i, context in enumerate(place.contexts):
+        for page, ids in enumerate(place.tables[i].T):
+            written = int(context - counts[i]) - page * shape.page
+            if written < shape.page:
+                data[torch.from_numpy(ids.astype("i8")), :, max(written, 0) :] = torch.nan
+    return Cache(data, shape.page)
+
+
+def assert_attends(
+    ops: CpuOps,
+    new: list[int],
+    contexts: list[int],
+    shape: Shape,
+    *,
+    window: int | None = None,
+    norms: tuple[Norm | None, Norm | None] = (None, None),
+    rotary: tuple[int, bool] | None = None,
+) -> None:
+    place = geometry(new, contexts, shape)
+    rows = place.num_rows
+    q = torch.randn(rows, shape.heads * shape.dim)
+    k, v = torch.randn(2, rows, shape.kv_heads * shape.dim)
+    cache = filled_cache(place, shape)
+    results = []
+    for which in (TorchOps(page=shape.page), ops):
+        turn = None
+        if rotary is not None:
+            turn = which.rotary(
+                [10000 ** (-i / rotary[0]) for i in range(rotary[0])], 1.1, rotary[1], 1100
+            )
+        own = Cache(cache.data.clone(), shape.page)
+        how = Attention(shape.dim**-0.5, turn, norms[0], norms[1], window)
+        out = which.attend(q, k, v, how, Place(own, 1, which.plan(place)))
+        results.append((out, own.data))
+    (expected, expected_pages), (got, pages) = results
+    # A mean of values can cancel to almost nothing: the bound is never below that of a small row.
+    bound = BOUND * expected.norm(dim=1).clamp(min=0.1 * shape.dim**0.5)
+    assert torch.all((got - expected).norm(dim=1) <= bound)
+    torch.testing.assert_close(pages, expected_pages, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+SHAPES = [
+    Shape(9, 3, 64),
+    Shape(4, 4, 8),
+    Shape(8, 1, 80),
+    Shape(4, 2, 5),
+    Shape(6, 3, 96),
+    Shape(2, 1, 128),
+    Shape(14, 2, 20, page=8),
+    Shape(1, 1, 1, page=5),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_decodes_across_page_and_span_borders(ops: CpuOps, shape: Shape) -> None:
+    assert_attends(ops, [1] * 8, [1, 15, 16, 17, 127, 128, 129, 400], shape)
+    assert_attends(ops, [1], [700], shape)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_prefills_chunks_beside_decodes(ops: CpuOps, shape: Shape) -> None:
+    assert_attends(ops, [1, 5, 130, 1, 8, 9], [33, 5, 130, 1, 140, 300], shape)
+
+
+def test_prefills_a_long_chunk(ops: CpuOps) -> None:
+    assert_attends(ops, [300], [300], Shape(6, 2, 32))
+    assert_attends(ops, [257], [1025], Shape(6, 2, 32))
+
+
+@pytest.mark.parametrize("window", [1, 2, 7, 16, 100, 128, 129, 1000])
+def test_sees_only_the_window(ops: CpuOps, window: int) -> None:
+    assert_attends(ops, [1, 150, 1, 3], [400, 300, 17, 130], Shape(6, 2, 16), window=window)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("dim", "half"), [(64, 32), (80, 10), (10, 5), (33, 16), (16, 1)])
+def test_rotates_whole_and_partial_heads(
+    ops: CpuOps, dim: int, half: int, interleaved: bool
+) -> None:
+    shape = Shape(4, 2, dim)
+    assert_attends(ops, [1, 20, 1], [1000, 21, 3], shape, rotary=(half, interleaved))
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_normalizes_heads(ops: CpuOps, kind: str) -> None:
+    norms = [Norm(kind, 1e-6, torch.rand(24) + 0.5, None) for _ in range(2)]  # type: ignore[arg-type]
+    assert_attends(
+        ops, [1, 9], [40, 30], Shape(4, 2, 24), norms=(norms[0], norms[1]), rotary=(12, False)
+    )
+    assert_attends(ops, [1, 9], [40, 30], Shape(4, 2, 24), norms=(None, norms[1]))
+
+
+def attend(
+    ops: CpuOps, qkv: list[Tensor], place: Geometry, cache: Cache, window: int | None
+) -> Tensor:
+    return ops.attend(*qkv, Attention(0.2, window=window), Place(cache, 0, ops.plan(place)))
+
+
+def pages(ops: CpuOps, count: int, page: int, kv_heads: int, dim: int) -> Cache:
+    """KV pages in memory of the kernels' own."""
+    size = 4 * count * 2 * page * kv_heads * dim
+    data = ops.memory(size).view(torch.float32).view(count, 2, page, kv_heads, dim)
+    return Cache(data, page)
+
+
+@pytest.mark.parametrize("window", [None, 50])
+def test_a_row_has_the_same_bits_in_prefill_decode_and_any_batch(
+    ops: CpuOps, window: int | None
+) -> None:
+    shape = Shape(6, 2, 40, layers=1)
+    place = geometry([300, 300, 300], [300, 300, 300], shape)
+    qkv = [torch.randn(900, heads * 40) for heads in (6, 2, 2)]
+    cache = pages(ops, place.tables.size, 16, 2, 40)
+    whole = attend(ops, qkv, place, cache, window)
+    alone = CpuOps(threads=1, isa=ops.isa)
+    for row in (0, 7, 8, 127, 128, 200, 299):
+        one = Geometry(np.array([0, 1], "i4"), np.array([row + 1], "i4"), place.tables[1:2])
+        rows = [t[300 + row : 301 + row] for t in qkv]
+        for which in (ops, alone):
+            assert torch.equal(attend(which, rows, one, cache, window)[0], whole[300 + row])
+    chunk = Geometry(np.array([0, 90], "i4"), np.array([250], "i4"), place.tables[2:])
+    rows = [t[760:850] for t in qkv]
+    assert torch.equal(attend(ops, rows, chunk, cache, window), whole[760:850])
+
+
+def test_cache_memory_is_committed_as_written(ops: CpuOps) -> None:
+    def resident() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096
+
+    before = resident()
+    cache = pages(ops, 20_000, 16, 3, 64)
+    assert cache.data.shape == (20_000, 2, 16, 3, 64)
+    assert cache.data.nbytes > 450 << 20
+    cache.data[7] = 1.0
+    assert resident() - before < 16 << 20
+
+
+def test_refuses_what_was_not_prepared(ops: CpuOps) -> None:
+    place = geometry([2], [40], Shape(2, 1, 8))
+    plan, cache = ops.plan(place), pages(ops, 8, 16, 1, 8)
+    q, kv = torch.randn(2, 16), torch.randn(2, 8)
+    how, turned = Attention(1.0), Attention(1.0, ops.rotary([1.0], 1.0, False, 39))
+    with pytest.raises(ValueError, match="layer 2 or position 39"):
+        ops.attend(q, kv, kv, how, Place(cache, 2, plan))
+    with pytest.raises(ValueError, match="layer 0 or position 39"):
+        ops.attend(q, kv, kv, turned, Place(cache, 0, plan))
+    with pytest.raises(ValueError, match="do not fit 2 rows"):
+        ops.attend(q[:1], kv[:1], kv[:1], how, Place(cache, 0, plan))
