@@ -1,14 +1,21 @@
 """Attachments of a stage's rows as patches: which rows of the batch get whose low-rank pieces.
 
 Rows of one chain lie together, so each variant is one segment. The patches of a unit depend only on
-which chains own which rows; while a batch of the same requests decodes they are made once and reused.
-"""
+which chains own which rows; while a batch of the same requests decodes they are made once and
+reused."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
 
 from ext.ops import LoraSegment, Patch
-from workers.block import AttentionUnit, EmbedUnit, HeadUnit, MlpUnit, ResidentAttachment, ResidentUnit
+from workers.block import (
+    AttentionUnit,
+    EmbedUnit,
+    HeadUnit,
+    MlpUnit,
+    ResidentAttachment,
+    ResidentUnit,
+)
 from workers.wire import ChainId
 
 Rows = tuple[tuple[ChainId, int, int], ...]
@@ -67,9 +74,7 @@ def roles_of(unit: ResidentUnit) -> tuple[str, ...]:
             return ()
 
 
-def _patch(
-    role: str, pieces: Sequence[tuple[ResidentAttachment | None, int, int]]
-) -> Patch | None:
+def _patch(role: str, pieces: Sequence[tuple[ResidentAttachment | None, int, int]]) -> Patch | None:
     segments: list[LoraSegment] = []
     for attachment, first, last in pieces:
         low = attachment.get(role) if attachment else None

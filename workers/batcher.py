@@ -2,10 +2,9 @@
 
 `decide` picks the steps of one wave: tokens of running requests first, then prompts, deepest entry
 first, the longest waiting before the newest, within a budget of rows and each block's own limit.
-`arrange` orders the wave: a block runs once for all rows that pass it, and waits for siblings that are
-still on their way to it (variants that part and meet again share both ends). Called by the worker's
-loop; no clock, no I/O, no weights.
-"""
+`arrange` orders the wave: a block runs once for all rows that pass it, and waits for siblings that
+are still on their way to it (variants that part and meet again share both ends). Called by the
+worker's loop; no clock, no I/O, no weights."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,8 +39,9 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Units [first, last) run for steps [steps of the wave by index], whose rows are `rows`: a slice
-    where they lie together, else row numbers. `runs` are (chain, first row, last row) within them."""
+    """Units [first, last) run for steps [steps of the wave by index], whose rows are `rows`: a
+    slice where they lie together, else row numbers. `runs` are (chain, first row, last row) within
+    them."""
 
     block: int
     first: int
@@ -73,8 +73,8 @@ def decide(
     now: float,
     last_turn: Mapping[Group, int],
 ) -> list[Step]:
-    """Steps of the next wave. Chains of different widths cannot share one: the group whose last turn
-    (`last_turn`, a growing number) is longest ago goes first."""
+    """Steps of the next wave. Chains of different widths cannot share one: the group whose last
+    turn (`last_turn`, a growing number) is longest ago goes first."""
     groups: dict[Group, list[Request]] = {}
     for request in running:
         groups.setdefault(request.chain.group, []).append(request)
@@ -156,9 +156,7 @@ def schedule(paths: Sequence[Sequence[Piece]]) -> list[tuple[Piece, list[int]]]:
         ready = [
             piece
             for piece, members in standing.items()
-            if not any(
-                piece in path[at[i] :] for i, path in enumerate(paths) if i not in members
-            )
+            if not any(piece in path[at[i] :] for i, path in enumerate(paths) if i not in members)
         ]
         if ready:
             piece = min(ready, key=lambda p: (p[1], p[0]))
@@ -187,11 +185,12 @@ def _runs(steps: Sequence[Step]) -> list[tuple[int, int]]:
     """Ranges of consecutive steps of one chain that enter at one depth."""
     runs: list[tuple[int, int]] = []
     for i, step in enumerate(steps):
-        if i and steps[i - 1].request.chain is step.request.chain:
-            if steps[i - 1].span.depth == step.span.depth:
-                runs[-1] = (runs[-1][0], i + 1)
-                continue
-        runs.append((i, i + 1))
+        before = steps[i - 1]
+        alike = before.request.chain is step.request.chain and before.span.depth == step.span.depth
+        if i and alike:
+            runs[-1] = (runs[-1][0], i + 1)
+        else:
+            runs.append((i, i + 1))
     return runs
 
 

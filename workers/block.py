@@ -6,11 +6,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
-from ext.ops import Activation, Linear, Matrix, Norm
+from ext.ops import Activation, Attention, Linear, Matrix, Norm, Opaque
 from zoo.manifest import (
     Attachment,
     AttentionSpec,
@@ -31,7 +31,7 @@ class Loaders(Protocol):
 
     def vector(self, digest: ObjectDigest, offset: float) -> Tensor: ...
 
-    def rotary(self, rope: Rope) -> Any: ...
+    def rotary(self, rope: Rope) -> Opaque: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +53,7 @@ class AttentionUnit:
     roles: tuple[str, ...]
     output: Linear
     widths: tuple[int, int, int]
-    rotary: Any
-    q_norm: Norm | None
-    k_norm: Norm | None
-    scale: float
-    window: int | None
+    attention: Attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +120,13 @@ def _attention(builder: "_Builder", spec: AttentionSpec) -> AttentionUnit:
         roles=roles,
         output=builder.linear("o", spec.transposed),
         widths=(spec.heads * spec.head_dim, kv, kv),
-        rotary=None if spec.rope is None else builder.loaders.rotary(spec.rope),
-        q_norm=None if qk is None else builder.norm("q_norm", qk),
-        k_norm=None if qk is None else builder.norm("k_norm", qk),
-        scale=spec.scale,
-        window=spec.window,
+        attention=Attention(
+            scale=spec.scale,
+            rotary=None if spec.rope is None else builder.loaders.rotary(spec.rope),
+            q_norm=None if qk is None else builder.norm("q_norm", qk),
+            k_norm=None if qk is None else builder.norm("k_norm", qk),
+            window=spec.window,
+        ),
     )
 
 
@@ -168,5 +166,3 @@ class _Builder:
             self.loaders.vector(self._tensors[f"{role}.weight"], spec.offset),
             None if bias is None else self.loaders.vector(bias, 0.0),
         )
-
-

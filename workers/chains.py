@@ -1,8 +1,8 @@
 """The chains a worker serves: their units, how they cut into blocks, where their prefixes part.
 
-Everything here is derived from manifests when a chain comes or goes: blocks (the longest runs of units
-that all chains using them use whole) and branches (depths where chains with a common prefix part).
-Pure bookkeeping, no torch; owned by `workers.worker`, read by requests, batcher and runner.
+Everything here is derived from manifests when a chain comes or goes: blocks (the longest runs of
+units that all chains using them use whole) and branches (depths where chains with a common prefix
+part). Pure bookkeeping, no torch; owned by `workers.worker`, read by requests, batcher and runner.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from workers.wire import ChainId
-from zoo.manifest import AttachmentDigest, AttentionSpec, Attachment, EmbedSpec, Unit, UnitDigest
+from zoo.manifest import Attachment, AttachmentDigest, AttentionSpec, EmbedSpec, Unit, UnitDigest
 from zoo.partition import cut, partition
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from ext.ops import Cache, Ops, Patch, Plan
+from ext.ops import Cache, Ops, Patch, Place, Plan
 from workers.block import AttentionUnit, EmbedUnit, HeadUnit, MlpUnit
 
 
@@ -31,22 +31,14 @@ def embed(unit: EmbedUnit, tokens: np.ndarray, at: Context) -> Tensor:
 def attention(
     unit: AttentionUnit, x: Tensor, layer: int, patches: Sequence[Patch | None], at: Context
 ) -> None:
-    """x += O(attend(Q, K, V of norm(x))); `layer` counts attention layers from the chain's bottom."""
+    """x += O(attend(Q, K, V of norm(x))); `layer` counts attention layers from the chain's
+    bottom."""
     ops = at.ops
     parts = ops.project(x, unit.norm, unit.inputs, patches[:-1])
     if len(parts) == 1:
         parts = [p.contiguous() for p in parts[0].split(unit.widths, dim=1)]
-    y = ops.attend(
-        *parts,
-        cache=at.cache,
-        layer=layer,
-        plan=at.plan,
-        rotary=unit.rotary,
-        q_norm=unit.q_norm,
-        k_norm=unit.k_norm,
-        scale=unit.scale,
-        window=unit.window,
-    )
+    q, k, v = parts
+    y = ops.attend(q, k, v, unit.attention, Place(at.cache, layer, at.plan))
     ops.accumulate(x, y, unit.output, patches[-1])
 
 

@@ -1,8 +1,8 @@
 """KV memory seen by requests: pools per KV shape over one arena, table slots and page tables.
 
-A table row says which page holds a sequence's positions at each attention layer: tables[slot, layer, p]
-is the page of positions [page * p, page * (p + 1)). Rows are written when a request starts and only
-read afterwards. Ids and numpy only; the bytes behind the ids belong to the runner.
+A table row says which page holds a sequence's positions at each attention layer: tables[slot,
+layer, p] is the page of positions [page * p, page * (p + 1)). Rows are written when a request
+starts and only read afterwards. Ids and numpy only; the bytes behind the ids belong to the runner.
 """
 
 from collections.abc import Sequence

@@ -1,10 +1,9 @@
 """KV memory of one worker: an arena of bytes, cut into pages for every shape of KV that is served.
 
-A page holds 16 positions of one attention layer, K and V. Chains of different shapes share one budget:
-the arena is divided into slabs, a pool (one per shape) takes slabs when it needs pages and gives them
-back when every page of a slab is free. Owned by the worker's loop; `workers.requests` takes and
-returns pages, `workers.prefix` keeps some of them for reuse. No torch: ids only.
-"""
+A page holds 16 positions of one attention layer, K and V. Chains of different shapes share one
+budget: the arena is divided into slabs, a pool (one per shape) takes slabs when it needs pages and
+gives them back when every page of a slab is free. Owned by the worker's loop; `workers.requests`
+takes and returns pages, `workers.prefix` keeps some of them for reuse. No torch: ids only."""
 
 import numpy as np
 

@@ -1,10 +1,10 @@
 """The prefix cache: pages of full columns kept for later requests, also of other variants.
 
 A column is one page of positions across the attention layers of a chain. It is indexed under
-(lineage, hash): the lineage names the chain's units and attachments up to a depth, the hash names all
-tokens up to the end of the page and the tenant's salt. A chain that others part from at depth d
-indexes its columns at d too, and keeps the activations that left unit d - 1 there (its boundary), so a
-variant that shares only the units below d takes those pages and computes its own units alone.
+(lineage, hash): the lineage names the chain's units and attachments up to a depth, the hash names
+all tokens up to the end of the page and the tenant's salt. A chain that others part from at depth d
+indexes its columns at d too, and keeps the activations that left unit d - 1 there (its boundary),
+so a variant that shares only the units below d takes those pages and computes its own units alone.
 
 Used by `workers.requests` alone. Ids only; boundary activations are stored by the runner in pages.
 """
@@ -61,7 +61,7 @@ def extend_hashes(hashes: list[bytes], tokens: np.ndarray, page: int, salt: int)
         last = hashes[-1]
     else:
         last = hashlib.blake2b(salt.to_bytes(8, "little", signed=True), digest_size=16).digest()
-    data = memoryview(np.ascontiguousarray(tokens, np.int32)).cast("B")
+    data = np.ascontiguousarray(tokens, np.int32).data.cast("B")
     step = page * 4
     for start in range(len(hashes) * step, len(tokens) // page * step, step):
         last = hashlib.blake2b(last + data[start : start + step], digest_size=16).digest()

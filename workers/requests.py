@@ -29,10 +29,10 @@ class Span:
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """One request. `tokens[:length]` are known; the array has room for all it may grow to. `outputs`
-    counts generated tokens, those of an earlier worker included. `spans` are what remains of the
-    prompt. `own_from[p]` is the first attention layer of page column p that belongs to the request
-    itself; the layers below belong to `held[p]`."""
+    """One request. `tokens[:length]` are known; the array has room for all it may grow to.
+    `outputs` counts generated tokens, those of an earlier worker included. `spans` are what remains
+    of the prompt. `own_from[p]` is the first attention layer of page column p that belongs to the
+    request itself; the layers below belong to `held[p]`."""
 
     id: RequestId
     chain: ServedChain
@@ -239,7 +239,9 @@ class Requests:
         while request.announced and request.announced[0][0] < last:
             self._announced.discard(request.announced.popleft()[1])
 
-    def keep_boundary(self, request: Request, column: int, depth: int, pages: int) -> np.ndarray | None:
+    def keep_boundary(
+        self, request: Request, column: int, depth: int, pages: int
+    ) -> np.ndarray | None:
         """Pages for the activations of one page column at a branch; None if memory is short."""
         pool = self._memory.pool(request.chain.kv)
         if not self._is_cached(request) or pool.missing(pages):

@@ -1,9 +1,9 @@
 """What is resident on a worker's device: every distinct tensor once, counted by its users.
 
-A loader thread makes chains resident and frees them, so that serving goes on meanwhile; the worker's
-loop asks (`load`, `evict`) and collects outcomes (`finished`). Tensors are shared by digest whatever
-unit they stand in; units and attachments are shared by their own digests on top of that.
-"""
+A loader thread makes chains resident and frees them, so that serving goes on meanwhile; the
+worker's loop asks (`load`, `evict`) and collects outcomes (`finished`). Tensors are shared by
+digest whatever unit they stand in; units and attachments are shared by their own digests on top of
+that."""
 
 import queue
 import threading
@@ -11,30 +11,35 @@ import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ext.ops import Matrix, Ops
+from ext.ops import Matrix, Opaque, Ops
 from workers.block import ResidentAttachment, ResidentUnit, build_attachment, build_unit
 from workers.chains import ServedChain, UnservableChain, describe
 from workers.wire import ChainId, Load
 from zoo.catalog import Catalog
 from zoo.errors import ZooError
-from zoo.manifest import ChainDigest, ObjectDigest, Rope
+from zoo.manifest import ChainDigest, ObjectDigest, Rope, UnitDigest
 from zoo.store import Store
+
+# A unit, an attachment, or a tensor in the kernels' form; with its bytes and the keys of its parts.
+Resident: TypeAlias = Any
+Made = tuple[Resident, int, list[Hashable]]
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedChain:
-    """A chain that is resident: its layout and, per unit, weights and attachment."""
+    """A chain that is resident: its layout and, per unit, weights, attachment and bytes."""
 
     chain: ServedChain
     units: tuple[ResidentUnit, ...]
     attachments: tuple[ResidentAttachment | None, ...]
+    unit_bytes: tuple[int, ...]
     moved_bytes: int
     chain_bytes: int
     seconds: float
@@ -63,7 +68,7 @@ Outcome = LoadedChain | LoadFailure | Eviction
 class _Held:
     """Something resident: its own bytes, what it is made of, and how many users it has."""
 
-    value: Any
+    value: Resident
     nbytes: int
     parts: list[Hashable] = field(default_factory=list)
     users: int = 0
@@ -140,6 +145,7 @@ class Residency:
             chain,
             units,
             attachments,
+            tuple(self._bytes_of([_unit_key(d, order)]) for d in chain.unit_digests),
             self.resident_bytes - before,
             self._bytes_of(loading.used),
             time.perf_counter() - began,
@@ -150,7 +156,7 @@ class Residency:
         self._release(self._chains.pop(chain, []))
         return Eviction(chain, before - self.resident_bytes)
 
-    def hold(self, key: Hashable, make: Callable[[], tuple[Any, int, list[Hashable]]]) -> Any:
+    def hold(self, key: Hashable, make: Callable[[], Made]) -> Resident:
         """The resident thing of that key, one more user; `make` gives value, bytes and parts."""
         held = self._held.get(key)
         if held is None:
@@ -211,8 +217,7 @@ class _Loading:
             )
         chain = describe(order.chain, order.digest, units, attachments, order.context)
         resident = tuple(
-            self._compose(("unit", d, order.context), lambda u=u: build_unit(u, self))
-            for d, u in units
+            self._compose(_unit_key(d, order), lambda u=u: build_unit(u, self)) for d, u in units
         )
         pieces = tuple(
             None
@@ -225,10 +230,10 @@ class _Loading:
     def close(self) -> None:
         self._catalog.close()
 
-    def _compose(self, key: Hashable, build: Callable[[], Any]) -> Any:
+    def _compose(self, key: Hashable, build: Callable[[], Resident]) -> Resident:
         """A unit or attachment, made of parts that are held on its behalf."""
 
-        def make() -> tuple[Any, int, list[Hashable]]:
+        def make() -> Made:
             parts: list[Hashable] = []
             self._parts = parts
             try:
@@ -243,7 +248,7 @@ class _Loading:
         self.used.append(key)
         return value
 
-    def _part(self, key: Hashable, make: Callable[[], tuple[Any, int, list[Hashable]]]) -> Any:
+    def _part(self, key: Hashable, make: Callable[[], Made]) -> Resident:
         value = self._residency.hold(key, make)
         self._parts.append(key)
         return value
@@ -253,7 +258,7 @@ class _Loading:
     def matrix(self, digest: ObjectDigest, transposed: bool) -> Matrix:
         """A resident weight, shared by every unit that has this tensor."""
 
-        def make() -> tuple[Matrix, int, list[Hashable]]:
+        def make() -> Made:
             matrix = self._residency.ops.matrix(self._tensor(digest), transposed=transposed)
             return matrix, matrix.nbytes, []
 
@@ -262,7 +267,7 @@ class _Loading:
     def vector(self, digest: ObjectDigest, offset: float) -> Tensor:
         """A norm weight (plus its family's offset), a bias or an adapter's matrix."""
 
-        def make() -> tuple[Tensor, int, list[Hashable]]:
+        def make() -> Made:
             vector = self._residency.ops.vector(self._tensor(digest))
             if offset:
                 vector += offset
@@ -270,10 +275,10 @@ class _Loading:
 
         return self._part(("vector", digest, offset), make)
 
-    def rotary(self, rope: Rope) -> Any:
+    def rotary(self, rope: Rope) -> Opaque:
         """The rotary table of these frequencies up to the chain's context."""
 
-        def make() -> tuple[Any, int, list[Hashable]]:
+        def make() -> Made:
             made = self._residency.ops.rotary(
                 rope.inverse_frequencies, rope.attention_factor, rope.interleaved, self._context
             )
@@ -292,3 +297,8 @@ class _Loading:
         size = path.stat().st_size
         mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
         return mapped[size - stored.data.nbytes :].view(dtype).view(stored.shape)
+
+
+def _unit_key(unit: UnitDigest, order: Load) -> Hashable:
+    """A unit is made for a context: its rotary table ends there."""
+    return ("unit", unit, order.context)

@@ -1,8 +1,7 @@
 """Runs waves: carries the rows of a wave through its stages and returns logits.
 
-Owns the bytes behind the pages (one arena per device) and the resident units of every chain. A wave's
-rows stay in one activation tensor; stages whose rows lie together work on a view of it.
-"""
+Owns the bytes behind the pages (one arena per device) and the resident units of every chain. A
+wave's rows stay in one activation tensor; stages whose rows lie together work on a view of it."""
 
 import hashlib
 import time
@@ -66,7 +65,8 @@ class Runner:
         self._requests = requests
         self._attachments = Attachments()
         self._units: dict[ChainId, tuple[ResidentUnit, ...]] = {}
-        self._arena = torch.empty(memory.arena.total_bytes, dtype=torch.uint8, device=ops.device)
+        self._unit_bytes: dict[ChainId, tuple[int, ...]] = {}
+        self._arena = ops.memory(memory.arena.total_bytes)
         self._caches: dict[KvShape, Cache] = {}
         self.counts: OrderedDict[int, BlockCount] = OrderedDict()
         self.prepare_s = 0.0
@@ -74,11 +74,13 @@ class Runner:
     def add(self, loaded: LoadedChain) -> None:
         """Take in a resident chain."""
         self._units[loaded.chain.id] = loaded.units
+        self._unit_bytes[loaded.chain.id] = loaded.unit_bytes
         self._attachments.add(loaded.chain.id, loaded.attachments)
 
     def remove(self, chain: ChainId) -> None:
         """Forget a chain."""
         self._units.pop(chain, None)
+        self._unit_bytes.pop(chain, None)
         self._attachments.remove(chain)
 
     def run(self, wave: Wave) -> list[Logits]:
@@ -106,7 +108,7 @@ class Runner:
             digest=hashlib.sha256("".join(digests).encode()).hexdigest(),
             first=block.first,
             units=block.last - block.first,
-            bytes=0,
+            bytes=sum(self._unit_bytes[chains[0].id][block.first : block.last]),
             chains=len(chains),
             runs=count.runs,
             rows=count.rows,

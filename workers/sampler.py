@@ -1,10 +1,10 @@
-"""Chooses next tokens from logits: greedy, temperature, top-k, top-p, min-p, penalties, bias, seeds.
+"""Chooses next tokens from logits: greedy, temperature, top-k, top-p, min-p, penalties, bias,
+seeds.
 
-One call per wave. Rows that are plainly greedy cost one argmax for all; the others are shaped one by
-one where they ask for it and drawn together. A draw depends on (seed, number of the draw) alone, so a
-request's tokens do not depend on what shares its batch. Order of operations as in vLLM: bias and
-penalties, temperature, min-p, top-k, top-p.
-"""
+One call per wave. Rows that are plainly greedy cost one argmax for all; the others are shaped one
+by one where they ask for it and drawn together. A draw depends on (seed, number of the draw) alone,
+so a request's tokens do not depend on what shares its batch. Order of operations as in vLLM: bias
+and penalties, temperature, min-p, top-k, top-p."""
 
 import hashlib
 import struct
@@ -106,9 +106,7 @@ def _is_shaped(s: Sampling) -> bool:
 
 
 def _has_penalties(s: Sampling) -> bool:
-    return (
-        s.repetition_penalty != 1.0 or s.presence_penalty != 0.0 or s.frequency_penalty != 0.0
-    )
+    return s.repetition_penalty != 1.0 or s.presence_penalty != 0.0 or s.frequency_penalty != 0.0
 
 
 def uniform(seed: int, number: int) -> float:
@@ -132,7 +130,9 @@ def _draw(logits: Tensor, requests: Sequence[Request]) -> list[int]:
     free = [i for i in range(len(s)) if i not in set(limited)]
     tokens = [0] * len(s)
     if free:
-        for i, token in zip(free, _invert(probabilities[free], [draws[i] for i in free]), strict=True):
+        for i, token in zip(
+            free, _invert(probabilities[free], [draws[i] for i in free]), strict=True
+        ):
             tokens[i] = token
     for i in limited:
         tokens[i] = _draw_limited(probabilities[i], s[i], draws[i])

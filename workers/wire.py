@@ -1,10 +1,10 @@
-"""Every message that crosses a worker's boundary: engine -> worker, worker -> engine, worker -> worker.
+"""Every message that crosses a worker's boundary: engine -> worker, worker -> engine, worker ->
+worker.
 
-One union per direction, encoded as MessagePack arrays (msgspec). Frames are `[identity] body`; a body
-larger than MAX_MESSAGE_BYTES is refused before it is decoded. Cold messages (Load, Open) carry
+One union per direction, encoded as MessagePack arrays (msgspec). Frames are `[identity] body`; a
+body larger than MAX_MESSAGE_BYTES is refused before it is decoded. Cold messages (Load, Open) carry
 digests; hot ones (Tokens, Activation, Next) carry small integers only. Numbers that name a request
-are the engine's own and never reused within an engine's life.
-"""
+are the engine's own and never reused within an engine's life."""
 
 from typing import NewType
 
@@ -109,9 +109,11 @@ class Open(msgspec.Struct, frozen=True, array_like=True, tag="open", forbid_unkn
     priority: int = 0
 
 
-class Prompt(msgspec.Struct, frozen=True, array_like=True, tag="prompt", forbid_unknown_fields=True):
-    """Token ids of an opened request: int32 little endian. `emitted` of them, at the end, are tokens
-    that an earlier worker had already delivered (a replay)."""
+class Prompt(
+    msgspec.Struct, frozen=True, array_like=True, tag="prompt", forbid_unknown_fields=True
+):
+    """Token ids of an opened request: int32 little endian. `emitted` of them, at the end, are
+    tokens that an earlier worker had already delivered (a replay)."""
 
     request: RequestId
     tokens: bytes
@@ -147,7 +149,9 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello", forbid_un
     max_sequences: int
 
 
-class Loaded(msgspec.Struct, frozen=True, array_like=True, tag="loaded", forbid_unknown_fields=True):
+class Loaded(
+    msgspec.Struct, frozen=True, array_like=True, tag="loaded", forbid_unknown_fields=True
+):
     """A chain can be served: bytes moved for it now, bytes it uses in all, seconds it took,
     the longest request in tokens that the pages can hold for it."""
 
@@ -158,7 +162,9 @@ class Loaded(msgspec.Struct, frozen=True, array_like=True, tag="loaded", forbid_
     max_tokens: int
 
 
-class Evicted(msgspec.Struct, frozen=True, array_like=True, tag="evicted", forbid_unknown_fields=True):
+class Evicted(
+    msgspec.Struct, frozen=True, array_like=True, tag="evicted", forbid_unknown_fields=True
+):
     """A chain is forgotten."""
 
     chain: ChainId
@@ -176,7 +182,9 @@ class Logprobs(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
     top_logprobs: tuple[float, ...] = ()
 
 
-class Tokens(msgspec.Struct, frozen=True, array_like=True, tag="tokens", forbid_unknown_fields=True):
+class Tokens(
+    msgspec.Struct, frozen=True, array_like=True, tag="tokens", forbid_unknown_fields=True
+):
     """All tokens of one wave: columns of equal length.
 
     `indices` number a request's output tokens from 0. `finished` holds 0 (goes on), 1 (stop token;
@@ -190,15 +198,20 @@ class Tokens(msgspec.Struct, frozen=True, array_like=True, tag="tokens", forbid_
     logprobs: dict[int, Logprobs] = {}
 
 
-class Started(msgspec.Struct, frozen=True, array_like=True, tag="started", forbid_unknown_fields=True):
-    """A request left the worker's waiting list: prompt tokens found in the cache, seconds waited."""
+class Started(
+    msgspec.Struct, frozen=True, array_like=True, tag="started", forbid_unknown_fields=True
+):
+    """A request left the worker's waiting list: prompt tokens found in the cache, seconds
+    waited."""
 
     request: RequestId
     cached_tokens: int
     waited_s: float
 
 
-class Scored(msgspec.Struct, frozen=True, array_like=True, tag="scored", forbid_unknown_fields=True):
+class Scored(
+    msgspec.Struct, frozen=True, array_like=True, tag="scored", forbid_unknown_fields=True
+):
     """Logprobs of a prompt's tokens at positions first, first+1, .. (position 0 has none)."""
 
     request: RequestId
@@ -206,7 +219,9 @@ class Scored(msgspec.Struct, frozen=True, array_like=True, tag="scored", forbid_
     logprobs: tuple[Logprobs, ...]
 
 
-class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed", forbid_unknown_fields=True):
+class Failed(
+    msgspec.Struct, frozen=True, array_like=True, tag="failed", forbid_unknown_fields=True
+):
     """A chain (request < 0) or a request could not be served; `reason` is one clear sentence."""
 
     chain: ChainId
@@ -215,8 +230,9 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed", forbid_
 
 
 class BlockReport(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """One resident block: digest of its units, its kind of units, bytes, chains that use it, runs and
-    rows since start (rows / runs is its mean batch), runs that merged rows of several chains."""
+    """One resident block: digest of its units, its kind of units, bytes, chains that use it, runs
+    and rows since start (rows / runs is its mean batch), runs that merged rows of several
+    chains."""
 
     digest: str
     first: int
@@ -229,7 +245,9 @@ class BlockReport(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
     merged_runs: int
 
 
-class Status(msgspec.Struct, frozen=True, array_like=True, tag="status", forbid_unknown_fields=True):
+class Status(
+    msgspec.Struct, frozen=True, array_like=True, tag="status", forbid_unknown_fields=True
+):
     """Heartbeat with progress: `steps` grows with every wave. Pages count (page x layer) pieces.
 
     `counters` are monotone sums by name (prefix_hit_tokens, prefix_query_tokens, shared_pages,
@@ -253,7 +271,9 @@ class Status(msgspec.Struct, frozen=True, array_like=True, tag="status", forbid_
     device: dict[str, float] = {}
 
 
-class Drained(msgspec.Struct, frozen=True, array_like=True, tag="drained", forbid_unknown_fields=True):
+class Drained(
+    msgspec.Struct, frozen=True, array_like=True, tag="drained", forbid_unknown_fields=True
+):
     """Last word of a worker that leaves in order."""
 
 
@@ -263,8 +283,8 @@ Report = Hello | Loaded | Evicted | Started | Tokens | Scored | Failed | Status 
 
 
 class Activation(msgspec.Struct, frozen=True, array_like=True, tag="a", forbid_unknown_fields=True):
-    """Rows of one wave that leave a hop: `rows[i]` positions of `requests[i]`, in that order, lie in
-    `slot` of the link as float rows. The slot returns with a Credit."""
+    """Rows of one wave that leave a hop: `rows[i]` positions of `requests[i]`, in that order, lie
+    in `slot` of the link as float rows. The slot returns with a Credit."""
 
     step: int
     slot: int

@@ -1,8 +1,7 @@
 """The worker's loop: take commands, decide a wave, run it, take in its outcome, report.
 
-One synchronous loop owns requests, pages and the runner; a loader thread makes chains resident beside
-it. The engine is told of tokens, never asked.
-"""
+One synchronous loop owns requests, pages and the runner; a loader thread makes chains resident
+beside it. The engine is told of tokens, never asked."""
 
 import logging
 import os
@@ -128,7 +127,9 @@ class Worker:
         known = np.frombuffer(prompt.tokens, "<i4")
         room = len(known) - prompt.emitted + opened.sampling.max_tokens
         if room > self._memory.largest_request(chain.kv, chain.num_layers):
-            self._fail(chain.id, prompt.request, f"{room} tokens do not fit this worker's KV memory")
+            self._fail(
+                chain.id, prompt.request, f"{room} tokens do not fit this worker's KV memory"
+            )
             return
         tokens = np.zeros(room, np.int32)
         tokens[: len(known)] = known
@@ -191,13 +192,9 @@ class Worker:
         chain = loaded.chain
         self._chains.add(chain)
         self._runner.add(loaded)
-        longest = min(
-            chain.context, self._memory.largest_request(chain.kv, chain.num_layers)
-        )
+        longest = min(chain.context, self._memory.largest_request(chain.kv, chain.num_layers))
         self._send(
-            wire.Loaded(
-                chain.id, loaded.moved_bytes, loaded.chain_bytes, loaded.seconds, longest
-            )
+            wire.Loaded(chain.id, loaded.moved_bytes, loaded.chain_bytes, loaded.seconds, longest)
         )
 
     # ---- one wave -------------------------------------------------------------------------------
@@ -208,9 +205,7 @@ class Worker:
         now = time.monotonic()
         for request in self._requests.start():
             self._counters["prompt_tokens"] += request.length - request.outputs
-            self._send(
-                wire.Started(request.id, request.cached_tokens, now - request.opened_at)
-            )
+            self._send(wire.Started(request.id, request.cached_tokens, now - request.opened_at))
         steps = decide(
             self._requests.running.values(),
             max_rows=self.config.max_rows,
@@ -244,7 +239,9 @@ class Worker:
         for step in steps:
             self._requests.advance(step.request, step.span, step.count)
         for part in logits:
-            chosen = [i for i, s in enumerate(part.steps) if part.positions[i] + 1 == s.request.length]
+            chosen = [
+                i for i, s in enumerate(part.steps) if part.positions[i] + 1 == s.request.length
+            ]
             if chosen:
                 everything = len(chosen) == len(part.steps)
                 data = part.data if everything else part.data[chosen]
@@ -270,19 +267,18 @@ class Worker:
                 self._end(request)
 
     def _score(self, part: Logits) -> None:
-        """Report logprobs of prompt tokens where they are wanted: row i scores the token after it."""
+        """Report logprobs of prompt tokens where they are wanted: row i scores the token after
+        it."""
         by_request: dict[wire.RequestId, list[int]] = {}
         for i, step in enumerate(part.steps):
             if step.request.sampling.prompt_logprobs >= 0 and step.request.is_prefilling:
                 by_request.setdefault(step.request.id, []).append(i)
-        for request_id, rows in by_request.items():
-            request = part.steps[rows[0]].request
-            rows = [i for i in rows if part.positions[i] + 1 < request.length]
+        for request_id, known in by_request.items():
+            request = part.steps[known[0]].request
+            rows = [i for i in known if part.positions[i] + 1 < request.length]
             if rows:
                 nexts = [int(request.tokens[part.positions[i] + 1]) for i in rows]
-                scored = logprobs_of(
-                    part.data[rows], nexts, request.sampling.prompt_logprobs
-                )
+                scored = logprobs_of(part.data[rows], nexts, request.sampling.prompt_logprobs)
                 first = part.positions[rows[0]] + 1
                 self._send(wire.Scored(request_id, first, tuple(scored)))
 
@@ -333,9 +329,7 @@ class Worker:
         for chain in self._chains:
             for block in chain.blocks:
                 users.setdefault(block.key, []).append(chain)
-        return tuple(
-            self._runner.report(key, chains) for key, chains in sorted(users.items())
-        )
+        return tuple(self._runner.report(key, chains) for key, chains in sorted(users.items()))
 
 
 def _ending(request: Request, token: int) -> int:

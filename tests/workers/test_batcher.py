@@ -1,0 +1,139 @@
+"""What the batcher decides: tables of cases, each order with its reason."""
+
+import numpy as np
+import pytest
+
+from workers.batcher import arrange, decide, schedule
+from workers.chains import BlockRange, KvShape, ServedChain
+from workers.requests import Request, Span
+from workers.wire import Sampling
+
+KV = KvShape(1, 8)
+
+
+def chain(number: int, blocks: list[tuple[int, int, int]], limit: int = 512, hidden: int = 8):
+    """A chain of blocks (key, first, last); every other unit attends."""
+    units = blocks[-1][2]
+    layers = tuple((d + 1) // 2 for d in range(units + 1))
+    return ServedChain(
+        id=number,
+        digest=str(number),
+        unit_digests=("u",) * units,
+        attachment_digests=(None,) * units,
+        units=(None,) * units,
+        attachments=(None,) * units,
+        context=1000,
+        lineages=tuple(str(d) for d in range(units + 1)),
+        layers=layers,
+        kv=KV,
+        hidden=hidden,
+        blocks=tuple(BlockRange(k, a, b, limit) for k, a, b in blocks),
+    )
+
+
+def request(
+    number: int, on: ServedChain, length: int, computed: int, *, at=0.0, priority=0, depth=0
+):
+    made = Request(
+        number, on, Sampling(), 0, priority, at, np.zeros(length + 50, np.int32), length, 0
+    )
+    made.computed = computed
+    if length - computed > 1:
+        made.spans = [Span(depth, computed, length)]
+        if depth:
+            made.spans.append(Span(0, length, length + 10))
+    return made
+
+
+def picked(requests, rows=64, now=0.0, turns=None):
+    steps = decide(requests, max_rows=rows, page=16, now=now, last_turn=turns or {})
+    return [(s.request.id, s.span.first, s.count) for s in steps]
+
+
+ONE = chain(1, [(0, 0, 5)])
+
+
+def test_tokens_go_before_prompts():
+    assert picked([request(1, ONE, 40, 0), request(2, ONE, 20, 19)]) == [(2, 19, 1), (1, 0, 40)]
+
+
+def test_a_prompt_is_cut_at_a_page_to_fit_the_budget():
+    assert picked([request(1, ONE, 100, 0), request(2, ONE, 20, 19)]) == [(2, 19, 1), (1, 0, 48)]
+
+
+def test_the_rest_of_a_prompt_begins_at_a_page():
+    assert picked([request(1, ONE, 100, 48)]) == [(1, 48, 52)]
+
+
+def test_a_block_that_is_full_is_left_alone():
+    narrow = chain(2, [(0, 0, 3), (7, 3, 5)], limit=2)
+    tokens = [request(i, narrow, 20, 19) for i in range(4)]
+    assert [p[0] for p in picked(tokens)] == [0, 1]
+
+
+def test_the_prompt_that_waited_longest_goes_first():
+    new, old = request(1, ONE, 40, 0, at=9.0), request(2, ONE, 40, 0, at=1.0)
+    assert picked([new, old], rows=40, now=10.0)[0][0] == 2
+
+
+def test_priority_goes_first_until_waiting_outweighs_it():
+    urgent = request(1, ONE, 40, 0, at=10.0, priority=-1)
+    plain = request(2, ONE, 40, 0, at=9.0)
+    assert picked([plain, urgent], rows=40, now=10.0)[0][0] == 1
+    assert picked([plain, urgent], rows=40, now=30.0)[0][0] == 1
+    aged = request(2, ONE, 40, 0, at=0.0)
+    assert picked([aged, urgent], rows=40, now=12.0)[0][0] == 2
+
+
+def test_deeper_entries_go_before_prompts_from_the_bottom():
+    deep = request(1, ONE, 33, 16, depth=3)
+    assert picked([request(2, ONE, 40, 0), deep])[0][0] == 1
+
+
+def test_widths_take_turns():
+    wide = chain(3, [(9, 0, 5)], hidden=16)
+    both = [request(1, ONE, 20, 19), request(2, wide, 20, 19)]
+    assert [p[0] for p in picked(both, turns={ONE.group: 5, wide.group: 4})] == [2]
+    assert [p[0] for p in picked(both, turns={ONE.group: 5, wide.group: 6})] == [1]
+
+
+X, YA, YB, H = (0, 0, 3), (1, 3, 5), (2, 3, 5), (3, 5, 6)
+
+
+@pytest.mark.parametrize(
+    ("paths", "expected", "why"),
+    [
+        ([[X, YA, H], [X, YB, H]], [X, YA, YB, H], "the head waits for both"),
+        ([[X, YA, H], [YB, H]], [X, YA, YB, H], "the earliest in the chain first"),
+        ([[X, H], [X, YB, H]], [X, YB, H], "a shorter chain waits at the join"),
+        ([[X, YA], [YA, X]], [X, YA, X], "opposite orders cannot both wait"),
+    ],
+)
+def test_blocks_run_once_for_all_that_pass_them(paths, expected, why):
+    assert [piece for piece, _ in schedule(paths)] == expected, why
+
+
+def test_rows_of_a_block_lie_together():
+    a, b = chain(1, [X, YA, H]), chain(2, [X, YB, H])
+    requests = [request(i, (a, b)[i % 2], 20, 19) for i in range(6)]
+    wave = arrange(decide(requests, max_rows=64, page=16, now=0.0, last_turn={}))
+    assert [(s.block, s.rows) for s in wave.stages] == [
+        (0, slice(0, 6)),
+        (1, slice(0, 3)),
+        (2, slice(3, 6)),
+        (3, slice(0, 6)),
+    ]
+    assert [(c.id, first, last) for c, first, last in wave.stages[0].runs] == [(1, 0, 3), (2, 3, 6)]
+
+
+def test_an_entry_above_the_bottom_joins_the_rest_of_its_block():
+    deep = request(1, ONE, 33, 16, depth=3)
+    wave = arrange(
+        decide([deep, request(2, ONE, 20, 19)], max_rows=64, page=16, now=0, last_turn={})
+    )
+    assert [(s.first, s.last, len(s.steps)) for s in wave.stages] == [
+        (0, 3, 1),
+        (3, 4, 2),
+        (4, 5, 2),
+    ]
+    assert wave.stages[0].rows == slice(0, 1)
