@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP process: a client of the engine like any other."""
