@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: env
 	$(BIN)/python -m zoo demo
-	exec $(BIN)/python -m engine launch --samples demo
+	@exec $(BIN)/python -m engine launch --samples "$${BLOCKLLM_HOME:-$$HOME/.blockllm}/zoo/samples.json"
 
 test: env lint
 	$(BIN)/python -m pytest
