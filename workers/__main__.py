@@ -93,10 +93,12 @@ def _receive(worker: Worker, socket: zmq.Socket[bytes]) -> bool:
 
 
 def _resolve(config: wire.WorkerConfig) -> wire.WorkerConfig:
-    """Settle what was left to the worker: threads, KV memory."""
+    """Settle what was left to the worker: threads, KV memory, rows of a wave."""
     threads = config.threads or len(os.sched_getaffinity(0))
     kv_bytes = config.kv_bytes or min(4 << 30, psutil.virtual_memory().available // 4)
-    return msgspec.structs.replace(config, threads=threads, kv_bytes=kv_bytes)
+    # A CPU is saturated by few rows; more would only hold up the streams that decode beside them.
+    max_rows = config.max_rows or (256 if config.device == "cpu" else 2048)
+    return msgspec.structs.replace(config, threads=threads, kv_bytes=kv_bytes, max_rows=max_rows)
 
 
 if __name__ == "__main__":

@@ -129,7 +129,10 @@ class _Budget:
 
 def arrange(steps: Sequence[Step]) -> Wave:
     """Put steps in an order that keeps rows of a block together and lay out the stages."""
-    ordered = sorted(steps, key=lambda s: (_path(s), s.request.chain.id, s.span.depth))
+    paths_of = {s.request.chain.id: s.request.chain.path for s in steps}
+    ordered = sorted(
+        steps, key=lambda s: (paths_of[s.request.chain.id], s.request.chain.id, s.span.depth)
+    )
     counts = np.fromiter((s.count for s in ordered), np.int64, len(ordered))
     starts = np.zeros(len(ordered) + 1, np.int32)
     np.cumsum(counts, out=starts[1:])
@@ -175,10 +178,6 @@ def _standing(paths: Sequence[Sequence[Piece]], at: Sequence[int]) -> dict[Piece
         if at[i] < len(path):
             standing.setdefault(path[at[i]], []).append(i)
     return standing
-
-
-def _path(step: Step) -> tuple[int, ...]:
-    return tuple(b.key for b in step.request.chain.blocks)
 
 
 def _runs(steps: Sequence[Step]) -> list[tuple[int, int]]:

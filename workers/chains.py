@@ -73,6 +73,11 @@ class ServedChain:
         """Chains of one group can share a wave: same width, same pages."""
         return (self.hidden, self.kv)
 
+    @property
+    def path(self) -> tuple[int, ...]:
+        """The keys of its blocks, bottom first."""
+        return tuple(block.key for block in self.blocks)
+
     def index_depths(self) -> list[tuple[str, int | None]]:
         """Lineages under which a column of this chain may be found, deepest first: all of it
         (depth None), then each branch."""

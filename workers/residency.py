@@ -8,11 +8,12 @@ that."""
 import queue
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -22,7 +23,15 @@ from workers.chains import ServedChain, UnservableChain, describe
 from workers.wire import ChainId, Load
 from zoo.catalog import Catalog
 from zoo.errors import ZooError
-from zoo.manifest import ChainDigest, ObjectDigest, Rope, UnitDigest
+from zoo.manifest import (
+    Attachment,
+    AttachmentDigest,
+    ChainDigest,
+    ObjectDigest,
+    Rope,
+    Unit,
+    UnitDigest,
+)
 from zoo.store import Store
 
 # A unit, an attachment, or a tensor in the kernels' form; with its bytes and the keys of its parts.
@@ -130,11 +139,6 @@ class Residency:
         loading = _Loading(self, self._root, order.context)
         try:
             chain, units, attachments = loading.run(order)
-            if self._limit and self.resident_bytes > self._limit:
-                raise UnservableChain(
-                    f"its weights need {self.resident_bytes - before} bytes more than the "
-                    f"{self._limit} that this worker may hold: raise the limit or evict a variant"
-                )
         except (ZooError, UnservableChain, OSError, MemoryError, KeyError) as error:
             self._release(loading.used)
             return LoadFailure(order.chain, f"the chain cannot be loaded: {error}")
@@ -169,6 +173,23 @@ class Residency:
     @property
     def ops(self) -> Ops:
         return self._ops
+
+    def check_room(self, sizes: Mapping[ObjectDigest, int]) -> None:
+        """Refuse tensors (digest -> bytes) of which those not yet held would not fit."""
+        held = {key[1] for key in self._held if isinstance(key, tuple)}
+        needed = sum(size for digest, size in sizes.items() if digest not in held)
+        if self._limit and self.resident_bytes + needed > self._limit:
+            left = self._limit - self.resident_bytes
+            raise UnservableChain(
+                f"its own weights are {needed} bytes and {left} of {self._limit} are left to this "
+                "worker: raise --weight-memory-bytes or remove variants"
+            )
+        available = psutil.virtual_memory().available
+        if self._ops.device.type == "cpu" and needed > available:
+            raise UnservableChain(
+                f"its own weights are {needed} bytes and the machine has {available} left: "
+                "remove variants or take a larger machine"
+            )
 
     def _release(self, keys: list[Hashable]) -> None:
         for key in keys:
@@ -216,6 +237,7 @@ class _Loading:
                 "and this worker serves whole chains"
             )
         chain = describe(order.chain, order.digest, units, attachments, order.context)
+        self._residency.check_room(self._sizes(units, attachments))
         resident = tuple(
             self._compose(_unit_key(d, order), lambda u=u: build_unit(u, self)) for d, u in units
         )
@@ -226,6 +248,16 @@ class _Loading:
             for a in attachments
         )
         return chain, resident, pieces
+
+    def _sizes(
+        self,
+        units: list[tuple[UnitDigest, Unit]],
+        attachments: list[tuple[AttachmentDigest, Attachment] | None],
+    ) -> dict[ObjectDigest, int]:
+        """Stored bytes of every tensor of a chain."""
+        digests = {d for _, unit in units for d in unit.tensors.values()}
+        digests |= {d for a in attachments if a for t in a[1].targets for d in (t.a, t.b)}
+        return {digest: self._store.info(digest).nbytes for digest in digests}
 
     def close(self) -> None:
         self._catalog.close()

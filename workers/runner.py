@@ -26,7 +26,8 @@ from workers.wire import BlockReport, ChainId
 
 @dataclass(frozen=True, slots=True)
 class Logits:
-    """What a wave leaves: row i of `data` [n, vocabulary] float32 belongs to step `steps[i]` at
+    """What a wave leaves: row i of `data` [n, vocabulary], float32 in host
+    memory, belongs to step `steps[i]` at
     position `positions[i]`."""
 
     data: Tensor
@@ -169,7 +170,7 @@ class Runner:
         at = layers.Context(self._ops, running.cache, self._plan(running, stage.steps))
         everything = len(rows) == running.wave.num_rows
         x = running.x if everything else running.x[torch.tensor(rows, device=running.x.device)]
-        data = layers.head(unit, x, patches[0], at)
+        data = layers.head(unit, x, patches[0], at).cpu()
         running.logits.append(Logits(data, tuple(steps), tuple(positions)))
 
     def _tokens(self, wave: Wave, stage: Stage) -> np.ndarray:

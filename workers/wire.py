@@ -54,7 +54,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a worker process is started with (JSON on its command line).
 
     `kv_bytes` and `weight_bytes` are ceilings; 0 lets the worker choose from what the device has.
-    `max_rows` is the token budget of one wave (decode rows first, the rest prefill).
+    `max_rows` is the token budget of one wave (decode rows first, the rest prefill); 0: what suits
+    the device.
     """
 
     name: str
@@ -68,7 +69,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weight_bytes: int = 0
     max_sequences: int = 256
     max_context: int = 0
-    max_rows: int = 512
+    max_rows: int = 0
     prefix_cache: bool = True
     heartbeat_s: float = 1.0
     log_level: str = "info"

@@ -29,7 +29,7 @@ class Answer:
 
 class LocalWorker:
     def __init__(self, zoo: Path, ops: str = "auto", **config: object) -> None:
-        settings = {"kv_bytes": 64 << 20, "threads": 2, **config}
+        settings = {"kv_bytes": 64 << 20, "threads": 2, "max_rows": 256, **config}
         self.config = wire.WorkerConfig("w", "", str(zoo), ops=ops, **settings)
         self.worker = Worker(self.config, select_ops("cpu", ops, 2), self.reports_append)
         self.reports: list[wire.Report] = []
