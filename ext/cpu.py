@@ -80,9 +80,11 @@ class CpuOps:
         weight = weight.t() if transposed else weight
         if weight.dtype not in _STORAGE:
             raise ValueError(f"weights must be float32, float16 or bfloat16, not {weight.dtype}")
+        if weight.numel() == 0:
+            raise ValueError(f"a matrix of {tuple(weight.shape)} has no weights")
         out, width = weight.shape
         panels = -(-out // self._panel)
-        nbytes = max(panels * self._panel * width * weight.element_size(), 1)
+        nbytes = panels * self._panel * width * weight.element_size()
         memory = self._arena.take(nbytes)
         view = (memory.ctypes.data, out, width, _STORAGE[weight.dtype])
         packing = native.PACKING.pack(*view, weight.data_ptr(), *weight.stride())

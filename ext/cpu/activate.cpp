@@ -26,7 +26,8 @@ template <Act kind>
 void activate_span(const ActivateCall& call, int64_t first, int64_t last) {
   int64_t i = first;
   for (; i + kLanes <= last; i += kLanes) {
-    activate_vector<kind>(call.gate == nullptr ? nullptr : call.gate + i, call.up + i, call.out + i);
+    activate_vector<kind>(call.gate == nullptr ? nullptr : call.gate + i, call.up + i,
+                          call.out + i);
   }
   if (i == last) return;
   float gate[kLanes] = {}, up[kLanes] = {}, out[kLanes];
@@ -48,9 +49,12 @@ void blockllm_activate(Pool* pool, const ActivateCall* call) {
     const int64_t first = task * kGrain;
     const int64_t last = first + kGrain < call->count ? first + kGrain : call->count;
     switch (call->kind) {
-      case Act::kSilu: return activate_span<Act::kSilu>(*call, first, last);
-      case Act::kGelu: return activate_span<Act::kGelu>(*call, first, last);
-      case Act::kGeluTanh: return activate_span<Act::kGeluTanh>(*call, first, last);
+      case Act::kSilu:
+        return activate_span<Act::kSilu>(*call, first, last);
+      case Act::kGelu:
+        return activate_span<Act::kGelu>(*call, first, last);
+      case Act::kGeluTanh:
+        return activate_span<Act::kGeluTanh>(*call, first, last);
     }
   });
 }

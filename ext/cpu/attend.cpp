@@ -1,9 +1,10 @@
 // Attention over pages: queries and keys are normalized and rotated, keys and values written into
 // their pages, then each block of rows attends to its sequence's pages in place.
 //
-// A context is read in spans of kSpan positions that begin at multiples of kSpan. Each span gives its
-// own maximum, sum and weighted values; spans are merged in order. So a row's result does not depend on
-// the rows that share its block, nor on whether spans were computed by one thread or by several.
+// A context is read in spans of kSpan positions that begin at multiples of kSpan. Each span gives
+// its own maximum, sum and weighted values; spans are merged in order. So a row's result does not
+// depend on the rows that share its block, nor on whether spans were computed by one thread or by
+// several.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -15,14 +16,14 @@
 namespace blockllm {
 namespace {
 
-constexpr int64_t kRowsInline = 4;      // up to so many rows are prepared by the caller itself
+constexpr int64_t kRowsInline = 4;  // up to so many rows are prepared by the caller itself
 constexpr int64_t kRowsPerTask = 8;
 constexpr int64_t kTasksPerThread = 4;  // fewer blocks than that are split by heads, then by spans
 
 // Which rows and which spans of their context one block reads.
 struct Reach {
-  int64_t first, last;            // rows
-  int64_t span_begin, span_end;   // spans
+  int64_t first, last;           // rows
+  int64_t span_begin, span_end;  // spans
 };
 
 struct Attention {
@@ -36,7 +37,8 @@ struct Attention {
   }
   const int32_t* pages(int64_t row) const {
     const Plan& plan = *call.plan;
-    return plan.tables + (plan.row_sequence[row] * plan.layers + call.layer) * plan.pages_per_sequence;
+    return plan.tables +
+           (plan.row_sequence[row] * plan.layers + call.layer) * plan.pages_per_sequence;
   }
   int64_t page_floats() const { return call.page * call.kv_heads * call.dim; }
   float* key(const int32_t* pages, int64_t position, int64_t head) const {
@@ -55,13 +57,15 @@ void prepare_row(const Attention& a, int64_t row) {
   const int64_t dim = call.dim, position = a.position(row);
   for (int64_t h = 0; h < call.heads; ++h) {
     float* to = a.queries + (row * call.heads + h) * dim;
-    prepare_head(call.q_norm, call.rotary, position, call.q + (row * call.heads + h) * dim, dim, to);
+    prepare_head(call.q_norm, call.rotary, position, call.q + (row * call.heads + h) * dim, dim,
+                 to);
     for (int64_t i = 0; i < dim; ++i) to[i] *= static_cast<float>(call.scale);
   }
   const int32_t* pages = a.pages(row);
   for (int64_t h = 0; h < call.kv_heads; ++h) {
     float* key = a.key(pages, position, h);
-    prepare_head(call.k_norm, call.rotary, position, call.k + (row * call.kv_heads + h) * dim, dim, key);
+    prepare_head(call.k_norm, call.rotary, position, call.k + (row * call.kv_heads + h) * dim, dim,
+                 key);
     std::copy_n(call.v + (row * call.kv_heads + h) * dim, dim, key + a.page_floats());
   }
 }
@@ -78,10 +82,10 @@ void prepare_rows(Pool* pool, const Attention& a) {
   });
 }
 
-// The partial result of one block, kv head and span. Meanwhile memory of `fetched_heads` heads from this
-// one on is fetched: a task that goes through all heads has its pages read in one sweep.
-void attend_span(const Attention& a, const Reach& reach, int64_t head, int64_t index, int64_t fetched_heads,
-                 const Partial& out) {
+// The partial result of one block, kv head and span. Meanwhile memory of `fetched_heads` heads from
+// this one on is fetched: a task that goes through all heads has its pages read in one sweep.
+void attend_span(const Attention& a, const Reach& reach, int64_t head, int64_t index,
+                 int64_t fetched_heads, const Partial& out) {
   const AttendCall& call = a.call;
   const int64_t begin = index * kSpan;
   const int64_t count = std::min(kSpan, a.position(reach.last - 1) + 1 - begin);
@@ -96,7 +100,8 @@ void attend_span(const Attention& a, const Reach& reach, int64_t head, int64_t i
     const int64_t row = reach.first + i / a.group;
     query[i] = a.queries + (row * call.heads + head * a.group + i % a.group) * call.dim;
   }
-  const Fetch fetch{a.page_floats(), fetched_heads * call.dim * static_cast<int64_t>(sizeof(float))};
+  const Fetch fetch{a.page_floats(),
+                    fetched_heads * call.dim * static_cast<int64_t>(sizeof(float))};
   score(query, queries, keys, count, call.dim, fetch, scores);
   for (int64_t i = 0; i < queries; ++i) {
     const int64_t row = reach.first + i / a.group;
@@ -166,7 +171,8 @@ using namespace blockllm;
 
 void blockllm_attend(Pool* pool, const AttendCall* call) {
   const Plan& plan = *call->plan;
-  const Attention a{*call, call->heads / call->kv_heads, scratch<kQueries>(plan.rows * call->heads * call->dim)};
+  const Attention a{*call, call->heads / call->kv_heads,
+                    scratch<kQueries>(plan.rows * call->heads * call->dim)};
   prepare_rows(pool, a);
   const int64_t heads = call->kv_heads, enough = kTasksPerThread * pool->threads();
   if (plan.blocks >= enough || pool->threads() == 1)
@@ -177,7 +183,6 @@ void blockllm_attend(Pool* pool, const AttendCall* call) {
     spans = std::max(spans, reach.span_end - reach.span_begin);
   }
   if (spans > 1 && plan.blocks * heads < enough) return attend_split(pool, a, spans);
-  pool->run(plan.blocks * heads, [&](int64_t task) {
-    attend_block(a, task / heads, task % heads, task % heads + 1);
-  });
+  pool->run(plan.blocks * heads,
+            [&](int64_t task) { attend_block(a, task / heads, task % heads, task % heads + 1); });
 }

@@ -5,7 +5,8 @@
 
 namespace blockllm {
 
-// Reduction by a two-part ln 2 (Cody and Waite), then the Taylor series to degree 7 on |r| < ln2 / 2.
+// Reduction by a two-part ln 2 (Cody and Waite), then the Taylor series to degree 7 on |r| < ln2
+// / 2.
 inline Vec exp(Vec x) {
   const Vec floor = fill(-87.3f);
   const Vec y = min(max(x, floor), fill(88.3f));
@@ -23,7 +24,8 @@ inline Vec exp(Vec x) {
   return select_less(x, floor, zero(), scale_pow2(p, n));
 }
 
-// Zero below -88, where exp(-x) nears the end of float32: times a huge negative x it must stay small.
+// Zero below -88, where exp(-x) nears the end of float32: times a huge negative x it must stay
+// small.
 inline Vec sigmoid(Vec x) {
   const Vec y = div(fill(1.0f), add(fill(1.0f), exp(sub(zero(), x))));
   return select_less(x, fill(-88.0f), zero(), y);

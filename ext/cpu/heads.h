@@ -27,8 +27,8 @@ inline void rotate(const Rotary& rotary, int64_t position, float* x) {
   }
 }
 
-inline void prepare_head(const Norm& norm, const Rotary* rotary, int64_t position, const float* from, int64_t dim,
-                         float* to) {
+inline void prepare_head(const Norm& norm, const Rotary* rotary, int64_t position,
+                         const float* from, int64_t dim, float* to) {
   normalize(norm, from, dim, to);
   if (rotary != nullptr) rotate(*rotary, position, to);
 }

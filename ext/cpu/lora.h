@@ -1,5 +1,5 @@
-// Low-rank attachments of a batch: rows are shrunk by A once per call, then expanded by B tile by tile
-// beside the product they are added to.
+// Low-rank attachments of a batch: rows are shrunk by A once per call, then expanded by B tile by
+// tile beside the product they are added to.
 #pragma once
 #include "panel.h"
 #include "scratch.h"
@@ -8,7 +8,8 @@ namespace blockllm {
 
 // Dot products of R rows of x with J rows of A: out[r * out_stride + j].
 template <int R, int J>
-void shrink_tile(const float* x, const float* a, int64_t width, float scale, float* out, int64_t out_stride) {
+void shrink_tile(const float* x, const float* a, int64_t width, float scale, float* out,
+                 int64_t out_stride) {
   Vec total[R][J];
   for (int r = 0; r < R; ++r)
     for (int j = 0; j < J; ++j) total[r][j] = zero();
@@ -34,15 +35,18 @@ template <int R>
 void shrink_rows(const Segment& s, const float* x, int64_t width, float* out) {
   const auto scale = static_cast<float>(s.scale);
   int64_t j = 0;
-  for (; j + 4 <= s.rank; j += 4) shrink_tile<R, 4>(x, s.a + j * width, width, scale, out + j, s.rank);
+  for (; j + 4 <= s.rank; j += 4)
+    shrink_tile<R, 4>(x, s.a + j * width, width, scale, out + j, s.rank);
   for (; j < s.rank; ++j) shrink_tile<R, 1>(x, s.a + j * width, width, scale, out + j, s.rank);
 }
 
 // shrunk[r][j] = scale * <x[r], A[j]> for rows [first, last) of the segment.
-inline void shrink(const Segment& s, const float* x, int64_t width, int64_t first, int64_t last, float* shrunk) {
+inline void shrink(const Segment& s, const float* x, int64_t width, int64_t first, int64_t last,
+                   float* shrunk) {
   float* out = shrunk + s.offset;
   int64_t r = first;
-  for (; r + 2 <= last; r += 2) shrink_rows<2>(s, x + r * width, width, out + (r - s.first) * s.rank);
+  for (; r + 2 <= last; r += 2)
+    shrink_rows<2>(s, x + r * width, width, out + (r - s.first) * s.rank);
   if (r < last) shrink_rows<1>(s, x + r * width, width, out + (r - s.first) * s.rank);
 }
 
@@ -52,7 +56,8 @@ inline void transpose_8x8(const float* b, int64_t rank, float* out) {
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {  // rows i and i + 4 side by side, first four then last four ranks
     const float* from = b + (i % 4) * rank + (i / 4) * 4;
-    quads[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from)), _mm_loadu_ps(from + 4 * rank), 1);
+    quads[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from)),
+                                    _mm_loadu_ps(from + 4 * rank), 1);
   }
 #pragma GCC unroll 2
   for (int h = 0; h < 2; ++h) {
@@ -72,12 +77,14 @@ inline void transpose(const float* b, int64_t rank, int64_t outputs, float* turn
   const int64_t whole = rank / 8 * 8;
   int64_t c = 0;
   for (; c + 8 <= outputs; c += 8) {
-    for (int64_t j = 0; j < whole; j += 8) transpose_8x8(b + c * rank + j, rank, turned + j * kPanel + c);
+    for (int64_t j = 0; j < whole; j += 8)
+      transpose_8x8(b + c * rank + j, rank, turned + j * kPanel + c);
     for (int64_t j = whole; j < rank; ++j)
       for (int64_t i = c; i < c + 8; ++i) turned[j * kPanel + i] = b[i * rank + j];
   }
   for (; c < kPanel; ++c)
-    for (int64_t j = 0; j < rank; ++j) turned[j * kPanel + c] = c < outputs ? b[c * rank + j] : 0.0f;
+    for (int64_t j = 0; j < rank; ++j)
+      turned[j * kPanel + c] = c < outputs ? b[c * rank + j] : 0.0f;
 }
 
 // What `expand` will read of a segment's B for a panel: short runs far apart, worth fetching ahead.
@@ -111,8 +118,8 @@ void expand_tile(const float* shrunk, const float* turned, int64_t rank, float* 
 }
 
 // Adds the patch to a panel's sums [rows][kPanel] of batch rows [first, last).
-inline void expand(const Patch& patch, const float* shrunk, int64_t panel, int64_t out, int64_t first,
-                   int64_t last, float* sums) {
+inline void expand(const Patch& patch, const float* shrunk, int64_t panel, int64_t out,
+                   int64_t first, int64_t last, float* sums) {
   for (int64_t i = 0; i < patch.count; ++i) {
     const Segment& s = patch.segments[i];
     const int64_t from = s.first > first ? s.first : first;
@@ -123,8 +130,10 @@ inline void expand(const Patch& patch, const float* shrunk, int64_t panel, int64
     transpose(s.b + column * s.rank, s.rank, out - column < kPanel ? out - column : kPanel, turned);
     const float* rows = shrunk + s.offset - s.first * s.rank;
     int64_t r = from;
-    for (; r + 4 <= to; r += 4) expand_tile<4>(rows + r * s.rank, turned, s.rank, sums + (r - first) * kPanel);
-    for (; r < to; ++r) expand_tile<1>(rows + r * s.rank, turned, s.rank, sums + (r - first) * kPanel);
+    for (; r + 4 <= to; r += 4)
+      expand_tile<4>(rows + r * s.rank, turned, s.rank, sums + (r - first) * kPanel);
+    for (; r < to; ++r)
+      expand_tile<1>(rows + r * s.rank, turned, s.rank, sums + (r - first) * kPanel);
   }
 }
 

@@ -52,9 +52,12 @@ struct Float16 {
 template <class Body>
 void with_storage(Storage storage, Body&& body) {
   switch (storage) {
-    case Storage::kF32: return body(Float32{});
-    case Storage::kBF16: return body(BFloat16{});
-    case Storage::kF16: return body(Float16{});
+    case Storage::kF32:
+      return body(Float32{});
+    case Storage::kBF16:
+      return body(BFloat16{});
+    case Storage::kF16:
+      return body(Float16{});
   }
 }
 

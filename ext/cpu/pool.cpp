@@ -16,7 +16,8 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 // Long enough to bridge the gap between two operations of a step, short enough to leave the core to
-// other processes between steps. After `kPoliteness` a spinning thread offers its core at each turn.
+// other processes between steps. After `kPoliteness` a spinning thread offers its core at each
+// turn.
 constexpr auto kPoliteness = std::chrono::microseconds(30);
 constexpr auto kSpin = std::chrono::microseconds(150);
 

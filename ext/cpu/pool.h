@@ -1,5 +1,5 @@
-// A small persistent thread pool: tasks of a job are claimed one by one, so a worker that the system
-// runs late costs nothing but its share. Idle workers spin briefly, then sleep on a futex.
+// A small persistent thread pool: tasks of a job are claimed one by one, so a worker that the
+// system runs late costs nothing but its share. Idle workers spin briefly, then sleep on a futex.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -26,7 +26,10 @@ class Pool {
       for (int64_t task = 0; task < tasks; ++task) body(task);
       return;
     }
-    post(tasks, [](const void* context, int64_t task) { (*static_cast<const Body*>(context))(task); }, &body);
+    post(
+        tasks,
+        [](const void* context, int64_t task) { (*static_cast<const Body*>(context))(task); },
+        &body);
   }
 
  private:

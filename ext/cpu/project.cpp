@@ -1,8 +1,8 @@
 // y_i = norm(x) W_i^T + bias_i + patch_i(norm(x)) for the linear layers of one call.
 //
-// Three jobs: normalize and pack the rows; shrink them for the low-rank patches, if any; then one task
-// per (few panels of one layer, chunk of rows). A packed chunk holds groups of at most kTileRows rows,
-// each [width][rows of the group].
+// Three jobs: normalize and pack the rows; shrink them for the low-rank patches, if any; then one
+// task per (few panels of one layer, chunk of rows). A packed chunk holds groups of at most
+// kTileRows rows, each [width][rows of the group].
 #include <algorithm>
 
 #include "exports.h"
@@ -13,11 +13,13 @@
 namespace blockllm {
 namespace {
 
-constexpr int64_t kRun = 2048 / kLanes;          // inputs per pass: a panel's run stays in the first-level cache
-constexpr int64_t kChunk = 96;         // rows per task
-constexpr int64_t kAhead = 2048;       // bytes that a single group's fetches run ahead
-constexpr int64_t kShrinkRows = 16;    // rows per task of the shrinking job
-constexpr int64_t kGroupsToWiden = 3;  // row groups from which widening a panel's run once pays
+// Inputs per pass: so that a panel's run stays in the first-level cache.
+constexpr int64_t kRun = 2048 / kLanes;
+// Rows per task, and per task of the shrinking job.
+constexpr int64_t kChunk = 96;
+constexpr int64_t kShrinkRows = 16;
+// Groups of rows from which widening a panel's run once pays.
+constexpr int64_t kGroupsToWiden = 3;
 
 struct Rows {
   int64_t first, count;
@@ -33,10 +35,10 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Projection {
   const ProjectCall& call;
-  int64_t chunks;          // of rows
+  int64_t chunks;  // of rows
   int64_t panels_per_task;
-  const float* plain;      // normalized rows [rows, width]: what patches read
-  const float* packed;     // the same by groups
+  const float* plain;   // normalized rows [rows, width]: what patches read
+  const float* packed;  // the same by groups
 
   Rows chunk(int64_t i) const { return part(call.rows, chunks, i); }
   static int64_t groups(const Rows& rows) { return ceil_div(rows.count, kTileRows); }
@@ -58,7 +60,8 @@ void prepare_group(const Projection& p, const Rows& chunk, int64_t g, float* pla
     for (int64_t r = row; r < row + group.count; ++r)
       normalize(p.call.norm, p.call.x + r * width, width, plain + r * width);
   }
-  if (packed != nullptr) pack_group(p.plain + row * width, width, group.count, packed + row * width);
+  if (packed != nullptr)
+    pack_group(p.plain + row * width, width, group.count, packed + row * width);
 }
 
 void prepare(Pool* pool, const Projection& p, float* plain, float* packed) {
@@ -69,7 +72,8 @@ void prepare(Pool* pool, const Projection& p, float* plain, float* packed) {
   }
   pool->run(p.chunks, [&](int64_t i) {
     const Rows chunk = p.chunk(i);
-    for (int64_t g = 0; g < Projection::groups(chunk); ++g) prepare_group(p, chunk, g, plain, packed);
+    for (int64_t g = 0; g < Projection::groups(chunk); ++g)
+      prepare_group(p, chunk, g, plain, packed);
   });
 }
 
@@ -93,10 +97,11 @@ Piece patch_piece(const LinearCall& linear, int64_t slot, int64_t panel, const P
 }
 
 // sums[panel][row][kPanel] of `panels` panels from `panel` on, for one chunk of rows. Meanwhile
-// the next run is fetched, a share by each group, and the patch's pieces, one by each group and run.
+// the next run is fetched, a share by each group, and the patch's pieces, one by each group and
+// run.
 template <class T>
-void multiply(const Projection& p, const LinearCall& linear, int64_t panel, int64_t panels, const Rows& chunk,
-              float* sums) {
+void multiply(const Projection& p, const LinearCall& linear, int64_t panel, int64_t panels,
+              const Rows& chunk, float* sums) {
   using Element = typename T::Element;
   const Matrix& m = *linear.matrix;
   const int64_t stride = m.in * kPanel, groups = Projection::groups(chunk);
@@ -107,21 +112,24 @@ void multiply(const Projection& p, const LinearCall& linear, int64_t panel, int6
     const Rows run = part(m.in, runs, i);
     const Element* from = weights + run.first * kPanel;
     const uint32_t* widened = wide ? widen<T>(from, run.count) : nullptr;
-    const char* next = reinterpret_cast<const char*>(from) + (groups == 1 ? kAhead : run.count * step);
+    const char* next =
+        reinterpret_cast<const char*>(from) + (groups == 1 ? kAhead : run.count * step);
     for (int64_t g = 0; g < groups; ++g) {
       const Rows group = part(chunk.count, groups, g);
       const float* a = p.packed + (chunk.first + group.first) * m.in + run.first * group.count;
       float* to = sums + group.first * kPanel;
-      const int64_t apart = chunk.count * kPanel, pace = groups == 1 ? step : ceil_div(step, groups);
+      const int64_t pace = groups == 1 ? step : ceil_div(step, groups);
       const Piece extra = patch_piece(linear, i * groups + g, panel, {next, 0});
       const char* share = next + g * pace * run.count;
-      const int64_t extra_pace = ceil_div(extra.bytes, run.count);
+      const Stream soon = {share, pace}, later = {extra.at, ceil_div(extra.bytes, run.count)};
+      const auto tile = [&](auto type, const auto* panels_at, int64_t apart) {
+        tile_for<decltype(type)>(group.count, panels)(
+            {a, panels_at, apart, run.count, to, chunk.count * kPanel, i == 0, soon, later});
+      };
       if (wide) {
-        tile_for<Float32>(group.count, panels)(
-            {a, widened, 0, run.count, to, apart, i == 0, {{share, pace}, {extra.at, extra_pace}}});
+        tile(Float32{}, widened, 0);
       } else {
-        tile_for<T>(group.count, panels)(
-            {a, from, stride, run.count, to, apart, i == 0, {{share, pace}, {extra.at, extra_pace}}});
+        tile(T{}, from, stride);
       }
     }
   }
@@ -208,7 +216,8 @@ void multiply_all(Pool* pool, const Projection& p, const float* const* shrunk) {
   pool->run(tasks, [&](int64_t task) {
     int64_t i = 0;
     for (;; ++i) {
-      const int64_t own = ceil_div(panels_of(p.call.linears[i].matrix->out), p.panels_per_task) * p.chunks;
+      const int64_t own =
+          ceil_div(panels_of(p.call.linears[i].matrix->out), p.panels_per_task) * p.chunks;
       if (task < own) break;
       task -= own;
     }

@@ -47,9 +47,9 @@ struct Patch {
 
 struct LinearCall {
   const Matrix* matrix;
-  const float* bias;    // null: none
-  float* out;           // [rows, out]
-  const Patch* patch;   // null: none
+  const float* bias;   // null: none
+  float* out;          // [rows, out]
+  const Patch* patch;  // null: none
 };
 
 struct ProjectCall {
@@ -73,10 +73,11 @@ struct EmbedCall {
 
 // A wave's geometry (ext.ops.Geometry) and what follows from it.
 struct Plan {
-  const int32_t* tables;         // [sequences, layers, pages_per_sequence]
-  const int32_t* row_sequence;   // [rows]
-  const int32_t* row_position;   // [rows]
-  const int32_t* block_first;    // [blocks + 1]: rows [block_first[i], block_first[i + 1]) of one sequence
+  const int32_t* tables;        // [sequences, layers, pages_per_sequence]
+  const int32_t* row_sequence;  // [rows]
+  const int32_t* row_position;  // [rows]
+  const int32_t*
+      block_first;  // [blocks + 1]: rows [block_first[i], block_first[i + 1]) of one sequence
   int64_t rows, blocks, layers, pages_per_sequence;
 };
 

@@ -7,10 +7,25 @@
 namespace blockllm {
 
 enum Use {
-  kTurned, kSums, kWidened,                            // tiles of a projection
-  kRows, kPacked, kShrunk, kShrunkStarts, kShrinkTasks,  // a projection's rows
-  kQueries, kQueryRows, kKeys, kScores, kPartial, kState,          // attention
-  kChosen,                                             // top-k candidates
+  // tiles of a projection
+  kTurned,
+  kSums,
+  kWidened,
+  // rows of a projection
+  kRows,
+  kPacked,
+  kShrunk,
+  kShrunkStarts,
+  kShrinkTasks,
+  // attention
+  kQueries,
+  kQueryRows,
+  kKeys,
+  kScores,
+  kPartial,
+  kState,
+  // candidates of top-k
+  kChosen,
 };
 
 class Buffer {

@@ -37,9 +37,9 @@ bool before(const Candidate& a, const Candidate& b) {
   return a.value > b.value || (a.value == b.value && a.id < b.id);
 }
 
-// The k best of the values seen so far: a value is kept aside if it exceeds the k-th best known; a full
-// buffer is cut back to k, which raises that bound. A later value equal to the bound has a higher id
-// than the k kept, so it never belongs to them.
+// The k best of the values seen so far: a value is kept aside if it exceeds the k-th best known; a
+// full buffer is cut back to k, which raises that bound. A later value equal to the bound has a
+// higher id than the k kept, so it never belongs to them.
 class Best {
  public:
   explicit Best(int64_t k) : k_(k), kept_(scratch<kChosen, Candidate>(capacity())) {}
@@ -49,8 +49,10 @@ class Best {
   void offer(float value, int64_t id) {
     if (count_ >= k_ && !(value > bound_)) return;
     kept_[count_++] = {value, id};
-    if (count_ == capacity()) cut();
-    else if (count_ == k_) bound_ = std::min_element(kept_, kept_ + k_, lower)->value;
+    if (count_ == capacity())
+      cut();
+    else if (count_ == k_)
+      bound_ = std::min_element(kept_, kept_ + k_, lower)->value;
   }
 
   const Candidate* sorted() {

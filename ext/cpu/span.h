@@ -1,7 +1,8 @@
-// Attention of some queries over one span of at most kSpan positions: scores, softmax, weighted values.
+// Attention of some queries over one span of at most kSpan positions: scores, softmax, weighted
+// values.
 //
-// Every score and every weighted value is one chain of sums in a fixed order, whatever the number of
-// queries; positions that a query may not see have weight zero, which adds nothing.
+// Every score and every weighted value is one chain of sums in a fixed order, whatever the number
+// of queries; positions that a query may not see have weight zero, which adds nothing.
 #pragma once
 #include <cmath>
 #include <limits>
@@ -46,8 +47,9 @@ void score_tile(const float* const* query, const float* const* keys, int64_t dim
   }
 }
 
-// What to bring into the caches ahead of its use: `bytes` from each key on, and from its value, which
-// lies `value_offset` floats behind it. Pages lie apart, so the hardware alone foresees little of it.
+// What to bring into the caches ahead of its use: `bytes` from each key on, and from its value,
+// which lies `value_offset` floats behind it. Pages lie apart, so the hardware alone foresees
+// little of it.
 struct Fetch {
   int64_t value_offset, bytes;
 
@@ -64,19 +66,21 @@ struct Fetch {
 constexpr int64_t kFetchAhead = 8;  // positions
 
 // scores[i][j] = <query i, key j>; `keys` is readable for whole tiles of four.
-inline void score(const float* const* query, int64_t queries, const float* const* keys, int64_t count, int64_t dim,
-                  const Fetch& fetch, float* scores) {
+inline void score(const float* const* query, int64_t queries, const float* const* keys,
+                  int64_t count, int64_t dim, const Fetch& fetch, float* scores) {
   for (int64_t j = 0; j < count && j < kFetchAhead; ++j) fetch(keys[j]);
   for (int64_t j = 0; j < count; j += 4) {
     for (int64_t t = j + kFetchAhead; t < j + kFetchAhead + 4 && t < count; ++t) fetch(keys[t]);
     int64_t i = 0;
-    for (; i + 3 <= queries; i += 3) score_tile<3>(query + i, keys + j, dim, scores + i * kSpan + j);
+    for (; i + 3 <= queries; i += 3)
+      score_tile<3>(query + i, keys + j, dim, scores + i * kSpan + j);
     for (; i < queries; ++i) score_tile<1>(query + i, keys + j, dim, scores + i * kSpan + j);
   }
 }
 
 // Replaces scores [low, high) by exp(score - maximum), the others below `count` by zero.
-inline void soften(float* scores, int64_t low, int64_t high, int64_t count, float& maximum, float& total) {
+inline void soften(float* scores, int64_t low, int64_t high, int64_t count, float& maximum,
+                   float& total) {
   constexpr float kNever = -std::numeric_limits<float>::infinity();
   const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
   if (high < 0) high = 0;
@@ -97,8 +101,8 @@ inline void soften(float* scores, int64_t low, int64_t high, int64_t count, floa
 
 // values[q][0 .. D vectors) = sum over positions of weight times value.
 template <int Q, int D>
-void weigh_tile(const float* weights, const float* const* values, int64_t offset, int64_t count, float* out,
-                int64_t dim) {
+void weigh_tile(const float* weights, const float* const* values, int64_t offset, int64_t count,
+                float* out, int64_t dim) {
   Vec total[Q][D];
   for (int q = 0; q < Q; ++q)
     for (int d = 0; d < D; ++d) total[q][d] = zero();
@@ -116,12 +120,13 @@ void weigh_tile(const float* weights, const float* const* values, int64_t offset
 }
 
 template <int Q>
-void weigh_queries(const float* weights, const float* const* keys, int64_t offset, int64_t count, int64_t dim,
-                   float* out) {
+void weigh_queries(const float* weights, const float* const* keys, int64_t offset, int64_t count,
+                   int64_t dim, float* out) {
   int64_t d = 0;
   for (; d + 4 * kLanes <= dim; d += 4 * kLanes)
     weigh_tile<Q, 4>(weights, keys, offset + d, count, out + d, dim);
-  for (; d + kLanes <= dim; d += kLanes) weigh_tile<Q, 1>(weights, keys, offset + d, count, out + d, dim);
+  for (; d + kLanes <= dim; d += kLanes)
+    weigh_tile<Q, 1>(weights, keys, offset + d, count, out + d, dim);
   for (; d < dim; ++d) {
     for (int q = 0; q < Q; ++q) {
       float total = 0;
@@ -132,15 +137,17 @@ void weigh_queries(const float* weights, const float* const* keys, int64_t offse
 }
 
 // Values lie `offset` floats behind their keys; out [queries, dim].
-inline void weigh(const float* weights, int64_t queries, const float* const* keys, int64_t offset, int64_t count,
-                  int64_t dim, float* out) {
+inline void weigh(const float* weights, int64_t queries, const float* const* keys, int64_t offset,
+                  int64_t count, int64_t dim, float* out) {
   int64_t i = 0;
-  for (; i + 3 <= queries; i += 3) weigh_queries<3>(weights + i * kSpan, keys, offset, count, dim, out + i * dim);
-  for (; i < queries; ++i) weigh_queries<1>(weights + i * kSpan, keys, offset, count, dim, out + i * dim);
+  for (; i + 3 <= queries; i += 3)
+    weigh_queries<3>(weights + i * kSpan, keys, offset, count, dim, out + i * dim);
+  for (; i < queries; ++i)
+    weigh_queries<1>(weights + i * kSpan, keys, offset, count, dim, out + i * dim);
 }
 
-// Folds the next span into the state of those before it. A span that a query does not see leaves its
-// state as it is.
+// Folds the next span into the state of those before it. A span that a query does not see leaves
+// its state as it is.
 inline void merge(const Partial& span, int64_t queries, int64_t dim, const Partial& state) {
   for (int64_t i = 0; i < queries; ++i) {
     if (span.sum[i] == 0.0f) continue;

@@ -1,15 +1,26 @@
 // The register tile: M rows by P panels, sums held in registers over a run of inputs.
 //
-// Every element of a product is one chain of fused multiply-adds over inputs 0, 1, 2, ...; sums that
-// leave the registers between runs are stored and loaded exactly. So a row's result does not depend
-// on the tile that computed it, nor on the other rows of the batch.
+// Every element of a product is one chain of fused multiply-adds over inputs 0, 1, 2, ...; sums
+// that leave the registers between runs are stored and loaded exactly. So a row's result does not
+// depend on the tile that computed it, nor on the other rows of the batch.
 #pragma once
 #include "panel.h"
 
 namespace blockllm {
 
-// What a tile reads and writes: `a` is [run][M], panels lie `panel_stride` elements apart, their sums
-// `sums_stride` floats. `soon` are two places of memory to fetch meanwhile, `pace` bytes per input.
+// Bytes that fetches of a stream run ahead of its use, where the hardware's stop at each 4 KiB
+// page.
+constexpr int64_t kAhead = 2560;
+
+// Memory to fetch meanwhile: `pace` bytes per input.
+struct Stream {
+  const char* at;
+  int64_t pace;
+};
+
+// What a tile reads and writes: `a` is [run][M], panels lie `panel_stride` elements apart, their
+// sums `sums_stride` floats. A tile of several panels fetches its own memory instead of the
+// streams.
 template <class Element>
 struct TileCall {
   const float* a;
@@ -18,10 +29,7 @@ struct TileCall {
   float* sums;
   int64_t sums_stride;
   bool first;  // sums begin at zero
-  struct {
-    const char* at;
-    int64_t pace;
-  } soon[2];
+  Stream soon, later;
 };
 
 // sums[p][i][kPanel] (+)= a[k][i] * weights[p][k][kPanel] for k < run.
@@ -39,15 +47,19 @@ void multiply_tile(const TileCall<typename T::Element>& c) {
   }
   const float* a = c.a;
   const auto* weights = c.weights;
-  const char* soon = c.soon[0].at;
-  const char* later = c.soon[1].at;
+  const char* soon = c.soon.at;
+  const char* later = c.later.at;
 #pragma GCC unroll 2
   for (int64_t k = 0; k < c.run; ++k) {
     if constexpr (P == 1) {
       _mm_prefetch(soon, _MM_HINT_T0);
       _mm_prefetch(later, _MM_HINT_T0);
-      soon += c.soon[0].pace;
-      later += c.soon[1].pace;
+      soon += c.soon.pace;
+      later += c.later.pace;
+    } else {
+      for (int p = 0; p < P; ++p)
+        _mm_prefetch(reinterpret_cast<const char*>(weights + p * c.panel_stride) + kAhead,
+                     _MM_HINT_T0);
     }
     Vec w_low[P], w_high[P];
 #pragma GCC unroll 4

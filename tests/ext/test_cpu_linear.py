@@ -230,3 +230,5 @@ def test_refuses_what_does_not_fit(ops: CpuOps) -> None:
         ops.accumulate(torch.randn(2, 5), torch.randn(2, 8), layer, None)
     with pytest.raises(ValueError, match=r"not torch\.int8"):
         ops.matrix(torch.zeros(4, 4, dtype=torch.int8))
+    with pytest.raises(ValueError, match="has no weights"):
+        ops.matrix(torch.zeros(4, 0))
