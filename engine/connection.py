@@ -84,13 +84,8 @@ class Connection:
 
     def release(self, number: int) -> None:
         """The taker leaves: an answer that still runs is cancelled at once."""
-        if self._takers.pop(number, None) is None or not self._connected:
-            return
-        try:
-            self._socket.send_multipart([api.PROTOCOL, api.encode(api.Cancel(number))], zmq.NOBLOCK)
-        except zmq.Again:
-            # The line broke just now, and with it every request of this connection.
-            return
+        if self._takers.pop(number, None) is not None and self._connected:
+            self._cancel(number)
 
     def pump(self) -> None:
         """Hand on everything that has arrived, in order."""
@@ -104,13 +99,22 @@ class Connection:
                 self._fail_all(self._lost)
 
     def close(self) -> None:
-        """Close the sockets; what still runs fails."""
+        """Close the sockets; what still runs is cancelled and fails."""
+        for number in self._takers if self._connected else ():
+            self._cancel(number)
         self._connected = False
         self._fail_all(lambda: EngineUnreachable("The client was closed."))
         self._socket.disable_monitor()
         self._monitor.close(linger=0)
         self._socket.close(linger=_LINGER_MS)
         self._context.term()
+
+    def _cancel(self, number: int) -> None:
+        try:
+            self._socket.send_multipart([api.PROTOCOL, api.encode(api.Cancel(number))], zmq.NOBLOCK)
+        except zmq.Again:
+            # The line broke just now, and with it every request of this connection.
+            return
 
     def _receive(self) -> None:
         while (frames := _next(self._socket)) is not None:

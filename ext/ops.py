@@ -211,3 +211,7 @@ class Ops(Protocol):
     def accumulate(self, x: Tensor, y: Tensor, linear: Linear, patch: Patch | None) -> None:
         """x += linear(y) + patch(y), in place; x [rows, out]."""
         ...
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        """The best of each row of logits [rows, vocabulary], the first of equals: int64 [rows]."""
+        ...

@@ -180,6 +180,9 @@ class TorchOps:
     def accumulate(self, x: Tensor, y: Tensor, linear: Linear, patch: Patch | None) -> None:
         x += self._linear(y, linear, patch)
 
+    def argmax(self, logits: Tensor) -> Tensor:
+        return logits.argmax(dim=1)
+
 
 def normalize(x: Tensor, norm: Norm) -> Tensor:
     """RMS or layer norm over the last axis, float32."""

@@ -8,7 +8,7 @@ and penalties, temperature, min-p, top-k, top-p."""
 
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,9 +31,11 @@ class _Counts:
 
 
 class Sampler:
-    """Samples for many requests; remembers token counts of those with penalties."""
+    """Samples for many requests; remembers token counts of those with penalties. `argmax` is the
+    kernels' own."""
 
-    def __init__(self) -> None:
+    def __init__(self, argmax: Callable[[Tensor], Tensor]) -> None:
+        self._argmax = argmax
         self._counts: dict[RequestId, _Counts] = {}
 
     def forget(self, request: RequestId) -> None:
@@ -50,7 +52,7 @@ class Sampler:
             logits = logits.clone()
             for i in shaped:
                 self._shape(logits[i], requests[i])
-        tokens = logits.argmax(dim=1).tolist()
+        tokens = self._argmax(logits).tolist()
         drawn = [i for i, r in enumerate(requests) if r.sampling.temperature > 0]
         if drawn:
             chosen = _draw(logits[drawn], [requests[i] for i in drawn])

@@ -58,7 +58,7 @@ class Worker:
         self._chains = Chains(config.max_rows)
         self._runner = Runner(ops, self._memory, self._requests)
         self._residency = Residency(Path(config.zoo), ops, config.weight_bytes)
-        self._sampler = Sampler()
+        self._sampler = Sampler(ops.argmax)
         self._opened: dict[wire.RequestId, wire.Open] = {}
         self._turns: dict[Group, int] = {}
         self._counters = dict.fromkeys(

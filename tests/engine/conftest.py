@@ -1,10 +1,12 @@
 """Fixtures of the engine's tests."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.engine import rig
+from tests.engine.httpserver import Site, serve
 
 
 @pytest.fixture
@@ -13,3 +15,18 @@ def zoo(tmp_path: Path) -> Path:
     path = tmp_path / "zoo"
     rig.publish(path, rig.variant_of(path, "base"))
     return path
+
+
+@pytest.fixture(scope="session")
+def shared_site() -> Iterator[Site]:
+    """One HTTP process for all tests that leave it as it is."""
+    with serve() as site:
+        yield site
+
+
+@pytest.fixture
+def site(shared_site: Site) -> Site:
+    """The shared HTTP process before an engine that has seen nothing yet."""
+    shared_site.engine.seen.clear()
+    shared_site.engine.state = "ready"
+    return shared_site

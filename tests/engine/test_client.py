@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import gc
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Coroutine, Iterator
@@ -341,5 +343,16 @@ def test_closing_ends_what_runs(engine: FakeEngine) -> None:
             await anext(stream)
         with pytest.raises(EngineUnreachable, match="closed"):
             await anext(stream)
+        assert await asyncio.to_thread(engine.cancelled)
 
     run(work())
+
+
+def test_needs_only_pyzmq_and_msgspec() -> None:
+    probe = "import engine.client, sys; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", probe], capture_output=True, text=True, check=True, timeout=60
+    )
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    heavy = {"torch", "numpy", "tokenizers", "jinja2", "starlette", "uvicorn", "rich"}
+    assert not loaded & {"zoo", "workers", "uvloop", *heavy}

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from ext.reference import TorchOps
 from tests.workers.test_batcher import ONE
 from workers.requests import Request
 from workers.sampler import Sampler, logprobs_of, uniform
@@ -20,13 +21,17 @@ def asking(number: int = 0, known: tuple[int, ...] = (0,), outputs: int = 0, **o
     return Request(number, ONE, Sampling(**options), 0, 0, 0.0, tokens, len(known), outputs)
 
 
+def sampler() -> Sampler:
+    return Sampler(TorchOps().argmax)
+
+
 def choose(request: Request, logits: torch.Tensor = LOGITS) -> int:
-    return Sampler().choose(logits[None], [request])[0][0]
+    return sampler().choose(logits[None], [request])[0][0]
 
 
 def draw_many(count: int = 4000, **options: object) -> Counter[int]:
     requests = [asking(i, seed=i, **options) for i in range(count)]
-    return Counter(Sampler().choose(LOGITS.expand(count, -1), requests)[0])
+    return Counter(sampler().choose(LOGITS.expand(count, -1), requests)[0])
 
 
 def expect(seen: Counter[int], weights: torch.Tensor) -> None:
@@ -70,7 +75,7 @@ def test_min_p_drops_what_is_far_below_the_best():
 def test_top_p_over_a_flat_large_vocabulary():
     flat = torch.zeros(5000)
     requests = [asking(i, seed=i, temperature=1.0, top_p=0.5) for i in range(300)]
-    tokens = Sampler().choose(flat.expand(300, -1), requests)[0]
+    tokens = sampler().choose(flat.expand(300, -1), requests)[0]
     assert len(set(tokens)) > 250
 
 
@@ -78,22 +83,22 @@ def test_a_draw_depends_on_seed_and_number_alone():
     options = {"temperature": 1.0, "seed": 7}
     alone = choose(asking(1, outputs=3, **options))
     crowd = [asking(i, temperature=0.9, top_k=i % 5, seed=i) for i in range(9)]
-    mixed = Sampler().choose(LOGITS.expand(10, -1), [*crowd, asking(1, outputs=3, **options)])[0]
+    mixed = sampler().choose(LOGITS.expand(10, -1), [*crowd, asking(1, outputs=3, **options)])[0]
     assert mixed[-1] == alone
     assert len({uniform(7, n) for n in range(100)}) == 100
 
 
 def test_penalties_follow_their_formulas():
     request = asking(5, known=(0, 6, 6, 1), outputs=2, presence_penalty=0.4, frequency_penalty=0.3)
-    sampler, row = Sampler(), LOGITS.clone()
-    sampler._shape(row, request)
+    made, row = sampler(), LOGITS.clone()
+    made._shape(row, request)
     expected = LOGITS.clone()
     expected[6] -= 0.3 + 0.4
     expected[1] -= 0.3 + 0.4
     assert torch.allclose(row, expected)
     repeated = asking(6, known=(0, 4, 1), outputs=1, repetition_penalty=2.0)
     row = LOGITS.clone()
-    sampler._shape(row, repeated)
+    made._shape(row, repeated)
     expected = LOGITS.clone()
     expected[0], expected[1], expected[4] = 1.0, 0.5, -2.0
     assert torch.allclose(row, expected)
@@ -101,9 +106,9 @@ def test_penalties_follow_their_formulas():
 
 def test_counts_follow_the_answer_as_it_grows():
     request = asking(7, known=(0,), frequency_penalty=1.1)
-    sampler, tokens = Sampler(), []
+    made, tokens = sampler(), []
     for _ in range(4):
-        tokens.append(sampler.choose(LOGITS[None], [request])[0][0])
+        tokens.append(made.choose(LOGITS[None], [request])[0][0])
         request.tokens[request.length] = tokens[-1]
         request.length += 1
         request.outputs += 1
@@ -124,7 +129,7 @@ def test_bias_limits_and_minimum_length(options, token):
 
 
 def test_logprobs_are_of_the_raw_logits():
-    given = Sampler().choose(LOGITS[None], [asking(logprobs=2, logit_bias=((5, 9.0),))])[1][0]
+    given = sampler().choose(LOGITS[None], [asking(logprobs=2, logit_bias=((5, 9.0),))])[1][0]
     logs = torch.log_softmax(LOGITS, 0)
     assert (given.token, given.rank) == (5, 8)
     assert given.logprob == pytest.approx(float(logs[5]))
