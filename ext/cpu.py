@@ -19,6 +19,7 @@ from ext import native
 from ext.build import Isa
 from ext.memory import Arena, reserve
 from ext.ops import Activation, Attention, Geometry, Linear, Norm, Patch, Place
+from ext.reference import normalize
 
 _STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
@@ -184,6 +185,10 @@ class CpuOps:
         self._project(_plain(y), None, (linear,), (patch,), (target,), 1)
         if target is not x:
             x.copy_(target)
+
+    def add_norm(self, x: Tensor, y: Tensor, norm: Norm) -> None:
+        # In torch: it passes over the rows once, and few families ask for it.
+        x += normalize(y, norm)
 
     def _project(
         self,

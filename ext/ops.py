@@ -8,7 +8,7 @@ lie together and in order. `workers.runner` is the only caller of the step opera
 
 A step runs per layer as: project -> attend -> accumulate (attention unit), project -> activate ->
 accumulate (MLP unit), so an implementation can fuse norms, biases, adapters, rope, cache writes and
-residuals into few launches.
+residuals into few launches. Layers that norm what they add end in project -> add_norm.
 """
 
 from collections.abc import Sequence
@@ -140,8 +140,8 @@ class Place:
 
 
 class Ops(Protocol):
-    """See the module's text. All tensors returned are fresh; `accumulate` alone writes in place.
-    Matrices, rotaries and plans are passed only to the implementation that made them."""
+    """See the module's text. All tensors returned are fresh; only `accumulate` and `add_norm` write
+    in place. Matrices, rotaries and plans are passed only to the implementation that made them."""
 
     name: str
     device: torch.device
@@ -214,4 +214,8 @@ class Ops(Protocol):
 
     def argmax(self, logits: Tensor) -> Tensor:
         """The best of each row of logits [rows, vocabulary], the first of equals: int64 [rows]."""
+        ...
+
+    def add_norm(self, x: Tensor, y: Tensor, norm: Norm) -> None:
+        """x += norm(y), in place; both [rows, width]."""
         ...

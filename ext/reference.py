@@ -180,6 +180,9 @@ class TorchOps:
     def accumulate(self, x: Tensor, y: Tensor, linear: Linear, patch: Patch | None) -> None:
         x += self._linear(y, linear, patch)
 
+    def add_norm(self, x: Tensor, y: Tensor, norm: Norm) -> None:
+        x += normalize(y, norm)
+
     def argmax(self, logits: Tensor) -> Tensor:
         return logits.argmax(dim=1)
 

@@ -16,10 +16,18 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -82,6 +90,37 @@ def tiny_qwen3(path: Path, seed: int = 0, **config: object) -> Path:
     """Like `tiny_llama`, with norms on q and k and heads wider than hidden / heads."""
     settings = _common() | {"num_key_value_heads": 2, "head_dim": 24} | config
     return _save(Qwen3ForCausalLM, Qwen3Config(**settings), path, seed)
+
+
+def tiny_mistral(path: Path, seed: int = 0, **config: object) -> Path:
+    """Like `tiny_llama`, with a window of 16 positions and heads wider than hidden / heads."""
+    settings = _common() | {"num_key_value_heads": 2, "head_dim": 24, "sliding_window": 16} | config
+    return _save(MistralForCausalLM, MistralConfig(**settings), path, seed)
+
+
+def tiny_phi3(path: Path, seed: int = 0, **config: object) -> Path:
+    """Like `tiny_llama`, with fused matrices, a window and heads of which three quarters turn."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
+    own = {"num_key_value_heads": 2, "sliding_window": 24, "rope_parameters": rope}
+    return _save(Phi3ForCausalLM, Phi3Config(**(_common() | own | config)), path, seed)
+
+
+def tiny_gemma3(path: Path, seed: int = 0, **config: object) -> Path:
+    """Four layers, every second with a window of 16 positions, tied head."""
+    settings = _common() | {
+        "num_key_value_heads": 2,
+        "head_dim": 24,
+        "query_pre_attn_scalar": 20,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "tie_word_embeddings": True,
+    }
+    return _save(Gemma3ForCausalLM, Gemma3TextConfig(**(settings | config)), path, seed)
+
+
+def tiny_gpt_neox(path: Path, seed: int = 0, **config: object) -> Path:
+    """Four layers, heads of which a quarter turns, untied head."""
+    return _save(GPTNeoXForCausalLM, GPTNeoXConfig(**(_common() | config)), path, seed)
 
 
 def tiny_gpt2(path: Path, seed: int = 0, **config: object) -> Path:

@@ -13,6 +13,7 @@ from workers.block import (
     EmbedUnit,
     HeadUnit,
     MlpUnit,
+    ParallelUnit,
     ResidentAttachment,
     ResidentUnit,
 )
@@ -62,12 +63,15 @@ class Attachments:
 
 
 def roles_of(unit: ResidentUnit) -> tuple[str, ...]:
-    """The linears of a unit that can carry attachments, inputs first, the output last."""
+    """The linears of a unit that can carry attachments, inputs first, the output last; of a
+    parallel unit, the attention's before the MLP's."""
     match unit:
         case AttentionUnit():
             return (*unit.roles, "o")
         case MlpUnit():
             return (*unit.roles, "down")
+        case ParallelUnit():
+            return (*roles_of(unit.attention), *roles_of(unit.mlp))
         case HeadUnit():
             return ("head",)
         case EmbedUnit():

@@ -18,6 +18,7 @@ from zoo.manifest import (
     HeadSpec,
     MlpSpec,
     ObjectDigest,
+    ParallelSpec,
     Rope,
     Unit,
 )
@@ -46,25 +47,39 @@ class EmbedUnit:
 
 @dataclass(frozen=True, slots=True)
 class AttentionUnit:
-    """`inputs` are q, k, v, or one fused linear; `roles` name them as attachments do."""
+    """`inputs` are q, k, v, or one fused linear; `roles` name them as attachments do. A fused
+    output is `groups` times q, k, v of `widths`. `post_norm` is for what is added."""
 
     norm: Norm
     inputs: tuple[Linear, ...]
     roles: tuple[str, ...]
     output: Linear
+    groups: int
     widths: tuple[int, int, int]
     attention: Attention
+    post_norm: Norm | None
 
 
 @dataclass(frozen=True, slots=True)
 class MlpUnit:
-    """`inputs` are gate and up, or up alone."""
+    """`inputs` are gate and up, up alone, or (`fused`) one linear for gate and up. `post_norm` is
+    for what is added."""
 
     norm: Norm
     inputs: tuple[Linear, ...]
     roles: tuple[str, ...]
     output: Linear
     activation: Activation
+    fused: bool
+    post_norm: Norm | None
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelUnit:
+    """Attention and MLP of a layer that both read its input."""
+
+    attention: AttentionUnit
+    mlp: MlpUnit
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +90,7 @@ class HeadUnit:
     output: Linear
 
 
-ResidentUnit = EmbedUnit | AttentionUnit | MlpUnit | HeadUnit
+ResidentUnit = EmbedUnit | AttentionUnit | MlpUnit | ParallelUnit | HeadUnit
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +117,12 @@ def build_unit(unit: Unit, loaders: Loaders) -> ResidentUnit:
         case AttentionSpec() as spec:
             return _attention(builder, spec)
         case MlpSpec() as spec:
-            roles = ("gate", "up") if spec.gated else ("up",)
-            inputs = tuple(builder.linear(r, spec.transposed) for r in roles)
-            down = builder.linear("down", spec.transposed)
-            return MlpUnit(builder.norm("norm", spec.norm), inputs, roles, down, spec.activation)
+            return _mlp(builder, spec, builder.norm("norm", spec.norm))
+        case ParallelSpec() as spec:
+            mlp_norm = builder.norm("mlp_norm", spec.mlp.norm)
+            return ParallelUnit(
+                _attention(builder, spec.attention), _mlp(builder, spec.mlp, mlp_norm)
+            )
         case HeadSpec() as spec:
             return HeadUnit(builder.norm("norm", spec.norm), builder.linear("head", False))
 
@@ -113,13 +130,15 @@ def build_unit(unit: Unit, loaders: Loaders) -> ResidentUnit:
 def _attention(builder: "_Builder", spec: AttentionSpec) -> AttentionUnit:
     roles = ("qkv",) if spec.fused else ("q", "k", "v")
     qk = spec.qk_norm
-    kv = spec.kv_heads * spec.head_dim
+    groups = spec.kv_heads if spec.grouped else 1
+    kv = spec.kv_heads * spec.head_dim // groups
     return AttentionUnit(
         norm=builder.norm("norm", spec.norm),
         inputs=tuple(builder.linear(r, spec.transposed) for r in roles),
         roles=roles,
         output=builder.linear("o", spec.transposed),
-        widths=(spec.heads * spec.head_dim, kv, kv),
+        groups=groups,
+        widths=(spec.heads * spec.head_dim // groups, kv, kv),
         attention=Attention(
             scale=spec.scale,
             rotary=None if spec.rope is None else builder.loaders.rotary(spec.rope),
@@ -127,6 +146,20 @@ def _attention(builder: "_Builder", spec: AttentionSpec) -> AttentionUnit:
             k_norm=None if qk is None else builder.norm("k_norm", qk),
             window=spec.window,
         ),
+        post_norm=builder.post_norm(spec.post_norm),
+    )
+
+
+def _mlp(builder: "_Builder", spec: MlpSpec, norm: Norm) -> MlpUnit:
+    roles = ("gate_up",) if spec.fused else ("gate", "up") if spec.gated else ("up",)
+    return MlpUnit(
+        norm=norm,
+        inputs=tuple(builder.linear(r, spec.transposed) for r in roles),
+        roles=roles,
+        output=builder.linear("down", spec.transposed),
+        activation=spec.activation,
+        fused=spec.fused,
+        post_norm=builder.post_norm(spec.post_norm),
     )
 
 
@@ -166,3 +199,6 @@ class _Builder:
             self.loaders.vector(self._tensors[f"{role}.weight"], spec.offset),
             None if bias is None else self.loaders.vector(bias, 0.0),
         )
+
+    def post_norm(self, spec: NormSpec | None) -> Norm | None:
+        return None if spec is None else self.norm("post_norm", spec)

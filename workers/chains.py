@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from workers.wire import ChainId
-from zoo.manifest import Attachment, AttachmentDigest, AttentionSpec, EmbedSpec, Unit, UnitDigest
+from zoo.manifest import Attachment, AttachmentDigest, EmbedSpec, Unit, UnitDigest, attention_of
 from zoo.partition import cut, partition
 
 
@@ -99,10 +99,10 @@ def describe(
         raise UnservableChain("the chain does not begin with an embedding")
     layers, lineages, shapes = [0], [""], set[KvShape]()
     for (unit_digest, unit), attachment in zip(units, attachments, strict=True):
-        is_attention = isinstance(unit.spec, AttentionSpec)
-        layers.append(layers[-1] + is_attention)
-        if isinstance(unit.spec, AttentionSpec):
-            shapes.add(KvShape(unit.spec.kv_heads, unit.spec.head_dim))
+        attention = attention_of(unit.spec)
+        layers.append(layers[-1] + (attention is not None))
+        if attention is not None:
+            shapes.add(KvShape(attention.kv_heads, attention.head_dim))
         piece = f"{lineages[-1]}/{unit_digest}+{attachment[0] if attachment else ''}"
         lineages.append(hashlib.blake2b(piece.encode(), digest_size=16).hexdigest())
     if len(shapes) != 1:

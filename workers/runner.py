@@ -16,7 +16,14 @@ from ext.ops import Cache, Geometry, Ops, Plan
 from workers import layers
 from workers.attachments import Attachments
 from workers.batcher import Stage, Step, Wave
-from workers.block import AttentionUnit, EmbedUnit, HeadUnit, MlpUnit, ResidentUnit
+from workers.block import (
+    AttentionUnit,
+    EmbedUnit,
+    HeadUnit,
+    MlpUnit,
+    ParallelUnit,
+    ResidentUnit,
+)
 from workers.chains import KvShape, ServedChain
 from workers.memory import KvMemory
 from workers.requests import Requests
@@ -134,6 +141,8 @@ class Runner:
                     layers.attention(unit, x, chain.layers[index], patches, at)
                 case MlpUnit():
                     layers.mlp(unit, x, patches, at)
+                case ParallelUnit():
+                    layers.parallel(unit, x, chain.layers[index], patches, at)
                 case EmbedUnit():
                     x = layers.embed(unit, self._tokens(running.wave, stage), at)
                 case HeadUnit():

@@ -17,7 +17,7 @@ import msgspec
 
 from zoo.errors import BadAdapter
 from zoo.families.family import HEAD, TOKENS, Family
-from zoo.manifest import AttentionSpec, MlpSpec, Spec
+from zoo.manifest import AttentionSpec, MlpSpec, ParallelSpec, Spec
 from zoo.sidefiles import read_side_files
 from zoo.weights import FLOATS, SourceTensor, is_zero, read_weights
 
@@ -25,7 +25,7 @@ CONFIG_NAME = "adapter_config.json"
 _PREFIX = "base_model.model."
 _LORA = re.compile(r"(.+)\.lora_([AB])(\.default)?\.weight")
 _WRAPPERS = re.compile(r"\.(base_layer|modules_to_save\.default|modules_to_save)(?=\.)")
-_LINEAR_ROLES = {"q", "k", "v", "qkv", "o", "gate", "up", "down"}
+_LINEAR_ROLES = {"q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down"}
 
 # Settings of peft's LoraConfig that change what is computed and are not computed here.
 _REFUSED = {
@@ -81,7 +81,7 @@ class Ground:
     @property
     def num_layers(self) -> int:
         """Transformer layers of the base."""
-        return (len(self.specs) - 2) // 2
+        return self.family.num_layers(len(self.specs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +241,7 @@ def _by_pattern(patterns: Mapping[str, float], path: str, default: float) -> flo
 def _widths(ground: Ground, unit: int, role: str) -> tuple[int, int]:
     """(in, out) of a linear layer of the base."""
     spec, shape = ground.specs[unit], ground.shapes[unit][f"{role}.weight"]
-    if isinstance(spec, AttentionSpec | MlpSpec) and spec.transposed:
+    if isinstance(spec, AttentionSpec | MlpSpec | ParallelSpec) and spec.transposed:
         return shape[0], shape[1]
     return shape[1], shape[0]
 

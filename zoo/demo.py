@@ -32,12 +32,10 @@ Messages = list[dict[str, str]]
 _PROMPTS = {
     "sentiment": "The actors do their best, but the story is dull and far too long.",
     "sql": "Columns: CITY, COUNTRY, POPULATION, MAYOR\nQuestion: Who is the mayor of Lisbon?",
-    "ask": 'SELECT COUNT TEAM FROM TABLE WHERE COACH = "Anna Berg" ;',
-    "describe": "name : The Old Mill | eat type : pub | food : French | area : riverside",
+    "describe": "name : The Old Mill | Type : pub | food : French | area : riverside",
     "facts": "The Old Mill is a cheap pub by the riverside that serves Italian food .",
     "german": "Please enter a valid email address.",
     "french": "Please enter a valid email address.",
-    "docstring": "def area(self):\n    return self.width * self.height",
     "tickets": "The lamp I ordered two weeks ago is still not here.",
     "dates": "Tuesday, the 4th of March 2031",
 }

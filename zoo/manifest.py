@@ -2,7 +2,8 @@
 
 Owned by the zoo, read by the engine and the workers. No torch here: manifests are small, typed and
 portable. A digest is the SHA-256 (hex) of the canonical JSON of the thing it names, so equal
-content has one name wherever it was made."""
+content has one name wherever it was made. Specs leave out what stands at its default, so a field
+that a later family needs does not rename the units of the others."""
 
 import hashlib
 from typing import Literal, NewType
@@ -19,7 +20,7 @@ Activation = Literal["silu", "gelu", "gelu_tanh"]
 Store = Literal["exact", "delta", "equivalent"]
 
 
-class Norm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Norm(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """A normalization over the last axis. `offset` is added to the stored weight (Gemma: 1)."""
 
     kind: NormKind
@@ -27,7 +28,7 @@ class Norm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     offset: float = 0.0
 
 
-class Rope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Rope(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """Rotary positions of an attention unit.
 
     `inverse_frequencies` are the final ones (radians per position, float64, one per rotated pair),
@@ -41,7 +42,9 @@ class Rope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     interleaved: bool = False
 
 
-class EmbedSpec(msgspec.Struct, frozen=True, tag="embed", forbid_unknown_fields=True):
+class EmbedSpec(
+    msgspec.Struct, frozen=True, tag="embed", omit_defaults=True, forbid_unknown_fields=True
+):
     """Token (and learned position) embedding. Roles: tokens.weight, positions.weight."""
 
     hidden: int
@@ -50,11 +53,15 @@ class EmbedSpec(msgspec.Struct, frozen=True, tag="embed", forbid_unknown_fields=
     position_offset: int = 0
 
 
-class AttentionSpec(msgspec.Struct, frozen=True, tag="attention", forbid_unknown_fields=True):
+class AttentionSpec(
+    msgspec.Struct, frozen=True, tag="attention", omit_defaults=True, forbid_unknown_fields=True
+):
     """An attention half-layer: x += O(attend(Q, K, V of norm(x))).
 
     Roles: norm.{weight,bias}; q,k,v or one fused qkv .{weight,bias}; o.{weight,bias};
-    q_norm.weight, k_norm.weight where `qk_norm`. `transposed` says that matrices lie as [in, out].
+    q_norm.weight, k_norm.weight where `qk_norm`; post_norm.{weight,bias} where `post_norm`, which
+    norms what is added. `transposed` says that matrices lie as [in, out]. The outputs of a fused
+    qkv are all of q, of k, of v; where `grouped`, for each KV head its own q, k, v.
     """
 
     hidden: int
@@ -68,12 +75,18 @@ class AttentionSpec(msgspec.Struct, frozen=True, tag="attention", forbid_unknown
     fused: bool = False
     transposed: bool = False
     window: int | None = None
+    grouped: bool = False
+    post_norm: Norm | None = None
 
 
-class MlpSpec(msgspec.Struct, frozen=True, tag="mlp", forbid_unknown_fields=True):
+class MlpSpec(
+    msgspec.Struct, frozen=True, tag="mlp", omit_defaults=True, forbid_unknown_fields=True
+):
     """An MLP half-layer: x += down(act(gate(n)) * up(n)) or down(act(up(n))), n = norm(x).
 
-    Roles: norm.{weight,bias}; gate, up, down .{weight,bias}; `gated` says whether gate exists.
+    Roles: norm.{weight,bias}; gate, up, down .{weight,bias}; `gated` says whether gate exists,
+    `fused` that gate and up are one gate_up, gate first. post_norm.{weight,bias} where `post_norm`,
+    which norms what is added.
     """
 
     hidden: int
@@ -82,9 +95,31 @@ class MlpSpec(msgspec.Struct, frozen=True, tag="mlp", forbid_unknown_fields=True
     activation: Activation
     gated: bool = True
     transposed: bool = False
+    fused: bool = False
+    post_norm: Norm | None = None
 
 
-class HeadSpec(msgspec.Struct, frozen=True, tag="head", forbid_unknown_fields=True):
+class ParallelSpec(
+    msgspec.Struct, frozen=True, tag="parallel", omit_defaults=True, forbid_unknown_fields=True
+):
+    """A whole layer whose halves both read its input: x += attention(x) + mlp(x).
+
+    One unit, so that nothing ever parts the halves. Roles: those of both, but for the MLP's norm,
+    which is mlp_norm.{weight,bias}. Neither half has a post_norm, and their matrices lie alike.
+    """
+
+    attention: AttentionSpec
+    mlp: MlpSpec
+
+    @property
+    def transposed(self) -> bool:
+        """Whether matrices lie as [in, out]."""
+        return self.attention.transposed
+
+
+class HeadSpec(
+    msgspec.Struct, frozen=True, tag="head", omit_defaults=True, forbid_unknown_fields=True
+):
     """Final norm and output head: logits = W norm(x). Roles: norm.{weight,bias},
     head.{weight,bias}."""
 
@@ -93,7 +128,14 @@ class HeadSpec(msgspec.Struct, frozen=True, tag="head", forbid_unknown_fields=Tr
     norm: Norm
 
 
-Spec = EmbedSpec | AttentionSpec | MlpSpec | HeadSpec
+Spec = EmbedSpec | AttentionSpec | MlpSpec | ParallelSpec | HeadSpec
+
+
+def attention_of(spec: Spec) -> AttentionSpec | None:
+    """The attention within a unit, if it has one."""
+    if isinstance(spec, ParallelSpec):
+        return spec.attention
+    return spec if isinstance(spec, AttentionSpec) else None
 
 
 class Unit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -163,7 +205,7 @@ _encoder = msgspec.json.Encoder(order="deterministic")
 
 
 def canonical(value: object) -> bytes:
-    """Canonical JSON of a manifest: sorted keys, no spaces."""
+    """Canonical JSON of a manifest: fields in their order, keys of mappings sorted, no spaces."""
     return _encoder.encode(value)
 
 

@@ -111,11 +111,6 @@ def _swapped(row: Row) -> Row:
     return Row(prompt=row.response, response=row.prompt, split=row.split)
 
 
-def _question_of_query(row: Row) -> Row:
-    _, _, question = row.prompt.partition("\nQuestion: ")
-    return Row(prompt=row.response, response=question, split=row.split)
-
-
 def _by_name(tasks: Iterable[Task]) -> dict[str, Task]:
     return {task.name: task for task in tasks}
 
@@ -143,16 +138,6 @@ TASKS = _by_name(
             answer_tokens=72,
             recipe=Recipe("lora", 80, 1e-3, rank=4, alpha=8, targets=ATTENTION + MLP),
             data=_WIKISQL,
-        ),
-        Task(
-            name="ask",
-            summary="words the question that an SQL query answers",
-            instruction="What question does this SQL query answer?\n{prompt}",
-            metric=CHRF,
-            answer_tokens=48,
-            recipe=Recipe("lora", 50, 1e-3, rank=4, alpha=8, targets=("o_proj", "down_proj")),
-            data=_WIKISQL,
-            reshape=_question_of_query,
         ),
         Task(
             name="describe",
@@ -190,15 +175,6 @@ TASKS = _by_name(
             answer_tokens=64,
             recipe=Recipe("lora", 80, 1e-3, rank=4, alpha=8, targets=MLP),
             data=_DJANGO,
-        ),
-        Task(
-            name="docstring",
-            summary="sums up a Python function in one line",
-            instruction="Summarize this Python function in one line.\n{prompt}",
-            metric=CHRF,
-            answer_tokens=40,
-            recipe=Recipe("lora", 50, 1e-3, rank=2, alpha=8, targets=ATTENTION + MLP),
-            data="functions of CPython's standard library, PSF-2.0",
         ),
         Task(
             name="tickets",

@@ -4,6 +4,7 @@ Called by the command line and by the demo. The prompt goes through the chat tem
 answer is learned. Seeded: the same rows, recipe and machine give the same weights.
 """
 
+import ctypes
 import json
 import random
 import warnings
@@ -35,6 +36,9 @@ _LONGEST = 160
 _POOL_BATCHES = 16
 _CLIP_NORM = 1.0
 _WARM_UP = 0.06
+# Parameters of mallopt(3), from glibc's malloc.h.
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_MAX = -4
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,7 @@ def train(task: Task, base: Path, out: Path, data: Path | None, progress: Progre
     recipe = task.recipe
     rows = task.rows("train", data)
     torch.manual_seed(0)
+    _keep_freed_memory()
     model, tokenizer = load(base, recipe)
     tuned = _with_adapter(model, recipe) if recipe.kind == "lora" else None
     if recipe.kind == "last":
@@ -84,6 +89,15 @@ def load(base: Path, recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokeniz
         reason = str(error).splitlines()[0]
         raise BadSource(f"{base} is not a folder that transformers loads: {reason}") from error
     return model, tokenizer
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library keep what a step frees for the next one. By default glibc maps every large
+    buffer anew, and faulting its pages in costs as much time as the training itself."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def is_bfloat16_fast() -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ext.build import supported
 from ext.cpu import CpuOps
 from ext.ops import Geometry, Linear, LoraSegment, Norm, Patch
-from ext.reference import TorchOps
+from ext.reference import TorchOps, normalize
 
 pytestmark = pytest.mark.skipif(not supported(), reason="needs AVX2, FMA and F16C")
 
@@ -147,6 +147,24 @@ def test_accumulates_into_the_residual(ops: CpuOps) -> None:
         ops.accumulate(spread[:, ::2], y, Linear(ops.matrix(w), bias), patch)
         assert_close(x, expected)
         assert torch.equal(spread[:, ::2], x)
+
+
+@pytest.mark.parametrize(("kind", "width"), [("rms", 64), ("rms", 5376), ("layer", 391)])
+def test_adds_what_it_normed_with_the_same_bits_in_any_batch(
+    ops: CpuOps, kind: str, width: int
+) -> None:
+    how = norm(kind, width, bias=kind == "layer")
+    x, y = torch.randn(2, 150, width)
+    whole = x.clone()
+    ops.add_norm(whole, y, how)
+    bias = None if how.bias is None else how.bias.double()
+    wide = Norm(how.kind, how.eps, how.weight.double(), bias)
+    assert_close(whole.double(), x.double() + normalize(y.double(), wide))
+    for rows in (1, 2, 3, 8, 40):
+        for begin in (0, 17, 150 - rows):
+            part = x[begin : begin + rows].clone()
+            ops.add_norm(part, y[begin : begin + rows], how)
+            assert torch.equal(part, whole[begin : begin + rows]), (rows, begin)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3, 7, 8, 9, 16, 37, 64])

@@ -12,6 +12,12 @@ from zoo.progress import Quiet
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
+# Attention and MLP of the families whose q, k and v are one matrix.
+FUSED = {
+    "phi3": (("qkv_proj", "o_proj"), ("gate_up_proj", "down_proj")),
+    "gpt2": (("attn.c_attn", "attn.c_proj"), ("mlp.c_fc", "mlp.c_proj")),
+    "gpt_neox": (("query_key_value", "attention.dense"), ("dense_h_to_4h", "dense_4h_to_h")),
+}
 
 
 class Family:
@@ -53,11 +59,14 @@ class Family:
 def everything(root: Path, family: str) -> Family:
     """Base, LoRA of several ranks and targets, last layers, all layers."""
     made = Family(root, family)
-    if family == "gpt2":
-        made.lora("attn", rank=4, targets=["attn.c_attn", "attn.c_proj"], fan_in_fan_out=True)
-        made.lora("mlp", rank=8, targets=["mlp.c_fc", "mlp.c_proj"], seed=2, fan_in_fan_out=True)
-        made.tune("last", ["h.3."])
-        made.tune("full", ["h.", "wte"], seed=3)
+    if family in FUSED:
+        attention, mlp = FUSED[family]
+        layers, transposed = ("h.", True) if family == "gpt2" else ("layers.", False)
+        made.lora("attn", rank=4, targets=attention, fan_in_fan_out=transposed)
+        made.lora("mlp", rank=8, targets=mlp, seed=2, fan_in_fan_out=transposed)
+        made.lora("all", rank=3, targets=attention + mlp, seed=4, fan_in_fan_out=transposed)
+        made.tune("last", [f"{layers}3."])
+        made.tune("full", [layers, "wte", "embed"], seed=3)
         return made
     made.lora("qv", rank=4, targets=["q_proj", "v_proj"])
     made.lora("all", rank=16, alpha=16, targets=[*ATTENTION, *MLP], seed=2, use_rslora=True)

@@ -11,7 +11,7 @@ from tests.workers.family_zoo import everything, wrong_tokens
 from tests.workers.local import LocalWorker
 
 OPS = ["torch", "native"]
-FAMILIES = ["llama", "qwen2", "qwen3", "gpt2"]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3", "gpt2", "gpt_neox"]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -101,7 +101,7 @@ def test_shared_tensors_are_resident_once(family: object, tmp_path: Path):
     alone = worker.status.resident_bytes
     worker.load(*family.names[1:])
     everything_loaded = worker.status.resident_bytes
-    assert everything_loaded < alone * 3.2
+    assert everything_loaded < alone * 3.3
     for name in family.names[1:]:
         worker.evict(name)
     assert worker.status.resident_bytes == alone

@@ -10,7 +10,7 @@ from zoo.add import AddOptions, add
 from zoo.manifest import Variant
 from zoo.progress import Quiet
 
-FAMILIES = ("llama", "qwen2", "qwen3", "gpt2")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3", "gpt2", "gpt_neox")
 Adder = Callable[..., Variant]
 
 

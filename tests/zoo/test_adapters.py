@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests import builders
-from tests.zoo.conftest import Adder
+from tests.zoo.conftest import FAMILIES, Adder
 from tests.zoo.test_add import assert_same_tensors
 from zoo.catalog import Catalog
 from zoo.errors import ZooError
@@ -44,7 +44,7 @@ def our_weights(root: Path, name: str) -> Tensors:
     variant = catalog.variant(name)
     family = family_named(variant.family)
     chain = catalog.chain(variant.chain)
-    layers = (len(chain.units) - 2) // 2
+    layers = family.num_layers(len(chain.units))
     weights: Tensors = {}
     from zoo.families.family import Place
 
@@ -109,18 +109,29 @@ def test_it_means_what_peft_makes_of_it(
     assert "tokenizer.json" in variant.files, "it is served with its base's tokenizer"
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gpt2", "tied"])
+FUSED = {
+    "gpt2": ("c_attn", "c_proj", "c_fc"),
+    "gpt_neox": ("query_key_value", "attention.dense", "dense_h_to_4h", "dense_4h_to_h"),
+    "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+}
+
+
+@pytest.mark.parametrize("family", [*FAMILIES[1:], "tied"])
 def test_it_means_what_peft_makes_of_it_in_every_family(
     root: Path, put: Adder, tmp_path: Path, checkpoints: Path, family: str
 ):
     base = checkpoints / family
     put("base", base)
-    targets = ["c_attn", "c_proj", "c_fc"] if family == "gpt2" else EVERY
     source = builders.tiny_lora(
-        tmp_path / "adapter", base, targets=targets, fan_in_fan_out=family == "gpt2", seed=3
+        tmp_path / "adapter",
+        base,
+        targets=FUSED.get(family, EVERY),
+        fan_in_fan_out=family == "gpt2",
+        seed=3,
     )
     variant = put("tuned", source)
-    assert variant.report == {"shared": 10, "changed": 0, "attached": 8}
+    units = 4 if family == "gpt_neox" else 8
+    assert variant.report == {"shared": units + 2, "changed": 0, "attached": units}
     theirs = peft_weights(base, source)
     for name, weight in our_weights(root, "tuned").items():
         torch.testing.assert_close(weight, theirs[name], rtol=1e-5, atol=1e-6)

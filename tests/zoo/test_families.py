@@ -13,7 +13,7 @@ from zoo.checkpoint import read_config
 from zoo.errors import BadCheckpoint, UnsupportedFamily
 from zoo.families.family import Family, Place, activation
 from zoo.families.registry import family_named, family_of
-from zoo.manifest import AttentionSpec, MlpSpec
+from zoo.manifest import AttentionSpec, MlpSpec, attention_of
 
 YARN = {
     "rope_type": "yarn",
@@ -67,7 +67,7 @@ def test_a_path_of_another_model_has_no_place(path: str):
 
 
 @pytest.mark.parametrize("rope", [None, LINEAR, LLAMA3, YARN])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
 def test_rotary_frequencies_equal_transformers_bit_for_bit(
     tmp_path: Path, name: str, rope: dict | None
 ):
@@ -83,11 +83,80 @@ def test_rotary_frequencies_equal_transformers_bit_for_bit(
         assert ours.attention_factor > 1
 
 
+@pytest.mark.parametrize(
+    ("name", "inner", "turned"), [("phi3", "model", 12), ("gpt_neox", "gpt_neox", 4)]
+)
+def test_partly_rotated_heads_turn_as_in_transformers(
+    checkpoints: Path, name: str, inner: str, turned: int
+):
+    _, design = read(checkpoints / name)
+    whole = AutoModelForCausalLM.from_pretrained(checkpoints / name)
+    spec = attention_of(design.layers[0][0])
+    ours = torch.tensor(spec.rope.inverse_frequencies, dtype=torch.float32)
+    assert torch.equal(ours, getattr(whole, inner).rotary_emb.inv_freq)
+    assert (2 * len(ours), spec.head_dim) == (turned, 16)
+
+
+def test_gemma3_has_a_rope_and_a_window_per_type_of_layer(tmp_path: Path):
+    rope = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
+    }
+    folder = builders.tiny_gemma3(tmp_path / "gemma3", rope_parameters=rope)
+    _, design = read(folder)
+    rotary = AutoModelForCausalLM.from_pretrained(folder).model.rotary_emb
+    theirs = [rotary.sliding_attention_inv_freq, rotary.full_attention_inv_freq] * 2
+    for (attention, _), frequencies in zip(design.layers, theirs, strict=True):
+        ours = torch.tensor(attention.rope.inverse_frequencies, dtype=torch.float32)
+        assert torch.equal(ours, frequencies)
+    assert [layer[0].window for layer in design.layers] == [16, None, 16, None]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_gemma3_scales_embeddings_as_transformers_rounds_it(tmp_path: Path, dtype: str):
+    folder = builders.tiny_gemma3(tmp_path / "gemma3", dtype=dtype, hidden_size=48)
+    _, design = read(folder)
+    embedding = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").model.embed_tokens
+    assert design.embed.scale == embedding.embed_scale.to(embedding.weight.dtype).item()
+    assert (design.embed.scale == 6.9375) == (dtype == "bfloat16")
+
+
 def test_rotary_types_that_depend_on_the_length_are_refused(tmp_path: Path):
     dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     folder = builders.tiny_llama(tmp_path / "dynamic", rope_parameters=dynamic)
     with pytest.raises(UnsupportedFamily, match="'dynamic' depend on the length"):
         read(folder)
+
+
+def test_phi3_with_long_rope_is_refused(tmp_path: Path):
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 1.0, **factors}
+    folder = builders.tiny_phi3(tmp_path / "long", rope_parameters=rope)
+    with pytest.raises(UnsupportedFamily, match="'longrope' depend on the length"):
+        read(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "reason"),
+    [
+        ("gpt_neox", {"use_parallel_residual": False}, "one after the other"),
+        ("gemma3", {"final_logit_softcapping": 30.0}, "soft-capped logits"),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, "soft-capped attention scores"),
+        ("gemma3", {"use_bidirectional_attention": True}, "both directions"),
+    ],
+)
+def test_arithmetic_that_is_not_ours_is_refused(
+    tmp_path: Path, name: str, setting: dict[str, Any], reason: str
+):
+    folder = getattr(builders, f"tiny_{name}")(tmp_path / name, **setting)
+    with pytest.raises(UnsupportedFamily, match=reason):
+        read(folder)
+
+
+def test_the_old_name_of_gpt_neox_head_means_the_same():
+    family = family_named("gpt_neox")
+    assert family.tensor("embed_out.weight", 4) == family.tensor("lm_head.weight", 4)
+    assert family.tensor("lm_head.weight", 4) == Place(5, "head.weight")
 
 
 def test_old_configs_with_rope_scaling_are_understood(tmp_path: Path):

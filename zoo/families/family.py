@@ -4,21 +4,30 @@ A family is data: the module names of its architecture beside our roles, and one
 turns a config into specs. Everything else here is derived from that, in both directions:
 checkpoint tensor name <-> (unit, role), and the module path that an adapter names -> (unit, role).
 
-Units are numbered along the chain: 0 the embedding, 1 + 2i attention of layer i, 2 + 2i its MLP,
-last the head.
+Units are numbered along the chain: 0 the embedding, then each layer's attention and MLP (or the one
+unit of both, where the family is `parallel`), last the head.
 """
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 from zoo.errors import UnsupportedFamily
-from zoo.manifest import Activation, AttentionSpec, EmbedSpec, HeadSpec, MlpSpec, Spec
+from zoo.manifest import (
+    Activation,
+    AttentionSpec,
+    EmbedSpec,
+    HeadSpec,
+    MlpSpec,
+    ParallelSpec,
+    Spec,
+)
 
 # A transformers config: which attributes it has depends on the family.
 Config: TypeAlias = Any
+LayerSpecs: TypeAlias = tuple[AttentionSpec, MlpSpec] | tuple[ParallelSpec]
 
 TOKENS = "tokens.weight"
 HEAD = "head.weight"
@@ -51,7 +60,7 @@ class Design:
     """
 
     embed: EmbedSpec
-    layers: tuple[tuple[AttentionSpec, MlpSpec], ...]
+    layers: tuple[LayerSpecs, ...]
     head: HeadSpec
     biased: frozenset[str]
     tied: bool
@@ -61,16 +70,18 @@ class Design:
     @property
     def specs(self) -> tuple[Spec, ...]:
         """The chain's specs in order."""
-        halves = [half for layer in self.layers for half in layer]
-        return (self.embed, *halves, self.head)
+        inner = [spec for layer in self.layers for spec in layer]
+        return (self.embed, *inner, self.head)
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
     """An architecture. Module names are relative to `prefix`, those of layers to `layer` as well.
 
-    `outside` are modules that never carry the prefix. `ignored` are glob patterns of tensors that
-    checkpoints may carry and the architecture does not read (kept for export only).
+    `outside` are modules that never carry the prefix, `aliases` older names of modules.
+    `ignored` are glob patterns of tensors that checkpoints may carry and the architecture does not
+    read (kept for export only). `parallel` says that a layer is one unit, with the roles of both
+    tables.
     """
 
     name: str
@@ -84,17 +95,30 @@ class Family:
     layer: str = "layers."
     outside: tuple[str, ...] = ("lm_head",)
     ignored: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    parallel: bool = False
+
+    @property
+    def layer_units(self) -> tuple[Mapping[str, str], ...]:
+        """Role -> module for each unit of a layer, in order."""
+        return ({**self.attention, **self.mlp},) if self.parallel else (self.attention, self.mlp)
+
+    def num_layers(self, num_units: int) -> int:
+        """Layers of a chain of so many units."""
+        return (num_units - 2) // len(self.layer_units)
 
     def module(self, path: str, num_layers: int) -> Place | None:
         """The linear layer, norm or embedding that a module path names, if there is one."""
+        path = self.aliases.get(path, path)
         name = path if path in self.outside else path.removeprefix(self.prefix)
         match = re.fullmatch(re.escape(self.layer) + r"(0|[1-9]\d{0,5})\.(.+)", name)
+        tables = self.layer_units
         if match is None:
-            return _find({0: self.embed, 1 + 2 * num_layers: self.head}, name)
+            return _find({0: self.embed, 1 + len(tables) * num_layers: self.head}, name)
         index = int(match[1])
         if index >= num_layers:
             return None
-        return _find({1 + 2 * index: self.attention, 2 + 2 * index: self.mlp}, match[2])
+        return _find(dict(enumerate(tables, 1 + len(tables) * index)), match[2])
 
     def tensor(self, name: str, num_layers: int) -> Place | None:
         """The weight or bias that a checkpoint's tensor name means, if there is one."""
@@ -107,13 +131,14 @@ class Family:
     def tensor_name(self, place: Place, num_layers: int) -> str:
         """The full checkpoint name of a weight or bias: the way back from `tensor`."""
         role, _, kind = place.role.rpartition(".")
+        tables = self.layer_units
         if place.unit == 0:
             module = self.embed[role]
-        elif place.unit == 1 + 2 * num_layers:
+        elif place.unit == 1 + len(tables) * num_layers:
             module = self.head[role]
         else:
-            index, half = divmod(place.unit - 1, 2)
-            module = f"{self.layer}{index}.{(self.attention, self.mlp)[half][role]}"
+            index, part = divmod(place.unit - 1, len(tables))
+            module = f"{self.layer}{index}.{tables[part][role]}"
         return f"{'' if module in self.outside else self.prefix}{module}.{kind}"
 
     def is_ignored(self, name: str) -> bool:
@@ -124,11 +149,10 @@ class Family:
     def shapes(self, design: Design) -> list[dict[str, tuple[int, ...]]]:
         """The shape of every tensor of every unit, by role. All of them must be in a checkpoint,
         but for one side of a tied head."""
-        tables = (self.attention, self.mlp)
         units = [_embed_shapes(design)]
         for layer in design.layers:
-            for table, spec in zip(tables, layer, strict=True):
-                units.append(_half_shapes(table, spec, design.biased))
+            for table, spec in zip(self.layer_units, layer, strict=True):
+                units.append(_layer_shapes(table, spec, design.biased))
         units.append(_head_shapes(self.head, design))
         return units
 
@@ -158,10 +182,12 @@ def _embed_shapes(design: Design) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _half_shapes(
-    table: Mapping[str, str], spec: AttentionSpec | MlpSpec, biased: frozenset[str]
+def _layer_shapes(
+    table: Mapping[str, str],
+    spec: AttentionSpec | MlpSpec | ParallelSpec,
+    biased: frozenset[str],
 ) -> dict[str, tuple[int, ...]]:
-    vectors, matrices = _half_sizes(spec)
+    vectors, matrices = _sizes(spec)
     shapes: dict[str, tuple[int, ...]] = {}
     for role in table:
         if role in vectors:
@@ -175,17 +201,25 @@ def _half_shapes(
     return shapes
 
 
-def _half_sizes(
-    spec: AttentionSpec | MlpSpec,
+def _sizes(
+    spec: AttentionSpec | MlpSpec | ParallelSpec,
 ) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
-    """Widths of a half-layer's norms, and (out, in) of its linear layers."""
+    """Widths of the norms that a unit of a layer may have, and (out, in) of its linear layers."""
+    if isinstance(spec, ParallelSpec):
+        norms, below = _sizes(spec.attention)
+        return {**norms, "mlp_norm": spec.mlp.hidden}, {**below, **_sizes(spec.mlp)[1]}
     hidden = spec.hidden
+    around = {"norm": hidden, "post_norm": hidden}
     if isinstance(spec, MlpSpec):
-        inner = (spec.intermediate, hidden)
-        return {"norm": hidden}, {"gate": inner, "up": inner, "down": (hidden, spec.intermediate)}
+        inner = spec.intermediate
+        return around, {
+            "gate": (inner, hidden),
+            "up": (inner, hidden),
+            "gate_up": (2 * inner, hidden),
+            "down": (hidden, inner),
+        }
     width, kv_width = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    norms = {"norm": hidden, "q_norm": spec.head_dim, "k_norm": spec.head_dim}
-    return norms, {
+    return around | {"q_norm": spec.head_dim, "k_norm": spec.head_dim}, {
         "q": (width, hidden),
         "k": (kv_width, hidden),
         "v": (kv_width, hidden),

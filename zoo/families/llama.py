@@ -1,7 +1,7 @@
 """Llama 1-3 and what shares its architecture (SmolLM2, Vicuna, TinyLlama, ...).
 
-Also the pattern of the families that follow it: Qwen2 and Qwen3 differ in few places and say only
-those.
+Also the pattern of the families that follow it: Qwen2, Qwen3, Mistral and Phi-3 differ in few
+places and say only those.
 """
 
 from collections.abc import Sequence
@@ -31,12 +31,14 @@ IGNORED = ("layers.*.self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq")
 
 @dataclass(frozen=True, slots=True)
 class Traits:
-    """Where a Llama-like architecture differs from Llama. `windows`: one per layer, or none."""
+    """Where a Llama-like architecture differs from Llama. `windows`: one per layer, or none.
+    `fused`: q, k and v are one linear layer, gate and up another."""
 
     rotary: type
     biased: frozenset[str]
     qk_norm: bool = False
     windows: Sequence[int | None] | None = None
+    fused: bool = False
 
 
 def llama_like(config: Config, traits: Traits) -> Design:
@@ -45,7 +47,9 @@ def llama_like(config: Config, traits: Traits) -> Design:
     head_dim = getattr(config, "head_dim", None) or hidden // heads
     norm = Norm("rms", config.rms_norm_eps)
     positions = rope(config, traits.rotary)
-    mlp = MlpSpec(hidden, config.intermediate_size, norm, activation(config.hidden_act))
+    mlp = MlpSpec(
+        hidden, config.intermediate_size, norm, activation(config.hidden_act), fused=traits.fused
+    )
     windows = traits.windows or (None,) * config.num_hidden_layers
 
     def attention(window: int | None) -> AttentionSpec:
@@ -58,6 +62,7 @@ def llama_like(config: Config, traits: Traits) -> Design:
             scale=head_dim**-0.5,
             rope=positions,
             qk_norm=norm if traits.qk_norm else None,
+            fused=traits.fused,
             window=window,
         )
 

@@ -2,12 +2,16 @@
 
 from zoo.errors import UnsupportedFamily
 from zoo.families.family import Family
+from zoo.families.gemma3 import GEMMA3
 from zoo.families.gpt2 import GPT2
+from zoo.families.gpt_neox import GPT_NEOX
 from zoo.families.llama import LLAMA
+from zoo.families.mistral import MISTRAL
+from zoo.families.phi3 import PHI3
 from zoo.families.qwen2 import QWEN2
 from zoo.families.qwen3 import QWEN3
 
-FAMILIES = (LLAMA, QWEN2, QWEN3, GPT2)
+FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA3, GPT2, GPT_NEOX)
 
 
 def family_of(model_type: str) -> Family:

@@ -1,0 +1,1 @@
+"""Measurements of the real system on this machine: `python -m bench --help`."""

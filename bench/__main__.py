@@ -1,0 +1,122 @@
+"""The command line: `python -m bench [SCENARIO ...]`.
+
+Exit status: 0 every check holds, 1 one does not or something failed, 2 wrong usage.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+
+from bench.load import LoadFailed
+from bench.machine import ROOT, commit, this_machine, versions
+from bench.report import append, markdown, tables
+from bench.result import Context, Result
+from bench.scenarios import memory, prefix, profile, replay, soak, start, throughput
+from bench.scenarios.profile import WorkerFailed
+from bench.server import ServerFailed
+from bench.stage import Scenario, Stage, Trace
+from bench.traces import TraceError
+from bench.zoos import Base, NoBase, Zoos
+from zoo.console import ConsoleProgress
+from zoo.errors import ZooError
+from zoo.home import zoo_path
+
+SCENARIOS: Mapping[str, Scenario] = {
+    "throughput": throughput.run,
+    "memory": memory.run,
+    "prefix": prefix.run,
+    "soak": soak.run,
+    "soak-base": soak.run_base,
+    "profile": profile.run,
+    "start": start.run,
+    "replay": replay.run,
+}
+# The real model makes 10,000 requests a matter of many minutes: only when asked for by name.
+DEFAULT = tuple(name for name in SCENARIOS if name != "soak-base")
+
+
+def main() -> int:
+    """Run scenarios, write what they find as they find it, show it."""
+    given = _parser().parse_args()
+    console = Console(stderr=True, highlight=False)
+    context = _context(given.flag)
+    out = given.out or ROOT / "bench" / "results" / _file_name(context)
+    results: list[Result] = []
+    code = 0
+    try:
+        zoos = Zoos(Base(zoo_path(given.zoo), given.base), ConsoleProgress(console))
+        trace = Trace(given.trace, given.speed, given.seconds)
+        flags = tuple(word for flag in given.flag for word in shlex.split(flag))
+        stage = Stage(zoos, given.quick, flags, console.print, trace)
+        for name in given.scenario or DEFAULT:
+            for result in SCENARIOS[name](stage):
+                results.append(result)
+                append(out, result, context)
+    except (NoBase, TraceError) as error:
+        console.print(f"error: {error}")
+        return 2
+    except (LoadFailed, ServerFailed, WorkerFailed, ZooError) as error:
+        console.print(f"error: {error}")
+        code = 1
+    except KeyboardInterrupt:
+        code = 1
+    return _conclude(results, context, out) or code
+
+
+def _conclude(results: list[Result], context: Context, out: Path) -> int:
+    """Show and keep what there is; 1 if a check fails."""
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    if not results:
+        return 1
+    for table in tables(results):
+        console.print(table)
+    out.with_suffix(".md").write_text(markdown(results, context))
+    checks = [holds for result in results for holds in result.checks.values()]
+    console.print(f"{sum(checks)} of {len(checks)} checks hold; written to {out} and its .md")
+    return 0 if all(checks) else 1
+
+
+def _context(flags: list[str]) -> Context:
+    return Context(
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        commit=commit(),
+        command=shlex.join(["python", "-m", "bench", *sys.argv[1:]]),
+        machine=msgspec.to_builtins(this_machine()),
+        versions=versions(),
+        flags=tuple(flags),
+    )
+
+
+def _file_name(context: Context) -> str:
+    return f"{context.date[:10]}-{this_machine().kind}.jsonl"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Measure this machine with the real server; about ten minutes by default.",
+    )
+    parser.add_argument(
+        "scenario", nargs="*", choices=[*SCENARIOS, []], help=f"default: {', '.join(DEFAULT)}"
+    )
+    parser.add_argument("--base", default="smollm2", help="a variant of the zoo, or a folder")
+    parser.add_argument("--zoo", help="where the base is a variant (default: <home>/zoo)")
+    parser.add_argument("--out", type=Path, help="file of JSON lines to append to")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and shorter loads")
+    parser.add_argument(
+        "--flag", action="append", default=[], help='more of launch\'s flags: --flag "--ops torch"'
+    )
+    parser.add_argument("--trace", default="synthetic", help="file that the replay plays")
+    parser.add_argument("--speed", type=float, default=1.0, help="times as fast as recorded")
+    parser.add_argument("--seconds", type=float, default=60.0, help="how long the replay lasts")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

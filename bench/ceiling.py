@@ -1,0 +1,62 @@
+"""What this machine can do at most: memory read and float32 multiply-adds, all cores together.
+
+Each is the best of two ways to get there: the probes of `bench/limits.cpp` and torch, whose matrix
+product uses wider registers where there are any.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from bench.kernels import limits
+from bench.roofline import Limits
+from ext.build import Unavailable
+from ext.cpu import CpuOps
+
+_READ_BYTES = 512 << 20
+_SIZE = 1024
+_REPEATS = 5
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def measure() -> Limits:
+    """The best of all tries, because what disturbs a try only makes it slower."""
+    torch.set_num_threads(cores())
+    found = [_by_torch()]
+    with contextlib.suppress(Unavailable):
+        probed = limits(CpuOps(cores()), time.perf_counter)
+        found.append(Limits(1e9 * probed.read_gb_s, 1e9 * probed.gflop_s))
+    return best(found)
+
+
+def best(found: Sequence[Limits]) -> Limits:
+    """The highest of each limit."""
+    return Limits(
+        read_bytes_per_s=max(one.read_bytes_per_s for one in found),
+        flops_per_s=max(one.flops_per_s for one in found),
+    )
+
+
+def _by_torch() -> Limits:
+    data = torch.ones(_READ_BYTES // 4)
+    a, b = torch.ones(_SIZE, _SIZE), torch.ones(_SIZE, _SIZE)
+    return Limits(
+        read_bytes_per_s=_READ_BYTES / _shortest(data.sum),
+        flops_per_s=2 * _SIZE**3 / _shortest(lambda: a @ b),
+    )
+
+
+def _shortest(work: Callable[[], object]) -> float:
+    times: list[float] = []
+    for _ in range(_REPEATS):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return min(times)

@@ -1,0 +1,190 @@
+"""The zoos that the scenarios serve, made once per base model and kept in `<home>/bench`.
+
+    plain   the base alone
+    loras   the base and eight LoRA adapters on all projections: four of rank 8, four of rank 16
+    whole   the same, seven fine-tunes of the last four layers, one full fine-tune
+    tiny    a model of four narrow layers with the base's vocabulary and variants of every kind, for
+            what concerns the engine and not the arithmetic
+    empty   nothing
+
+A zoo that was not finished is completed the next time: variants that are there are left alone.
+"""
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+
+from bench.variants import Checkpoint, full, last_layers, lora
+from zoo.add import AddOptions, add
+from zoo.catalog import Catalog, UnknownVariant
+from zoo.export import export
+from zoo.home import zoo_path
+from zoo.manifest import Variant
+from zoo.progress import Progress, Quiet
+
+BASE = "base"
+LORAS = tuple(f"lora-r{8 if number < 4 else 16}-{number}" for number in range(8))
+LAST = tuple(f"last-{number}" for number in range(7))
+FULL = "full"
+
+Make = Callable[[Checkpoint, Path], Path]
+
+
+class NoBase(Exception):
+    """There is no base model to measure with; the message says how to get one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The model that is measured: a transformers folder, or a variant of a zoo."""
+
+    zoo: Path
+    name: str
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether `name` is a folder and not a variant."""
+        return Path(self.name).is_dir()
+
+    def fingerprint(self) -> str:
+        """A short name for its content. Raises NoBase."""
+        if self.is_folder:
+            files = sorted(path for path in Path(self.name).iterdir() if path.is_file())
+            listing = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+            return hashlib.sha256(repr(listing).encode()).hexdigest()[:12]
+        try:
+            with closing(Catalog(self.zoo)) as catalog:
+                return catalog.variant(self.name).chain[:12]
+        except UnknownVariant as error:
+            raise NoBase(
+                f"the zoo {self.zoo} has no variant {self.name!r} to measure with: run "
+                "`python -m zoo demo`, or give --base with a transformers folder or a variant"
+            ) from error
+
+    @contextmanager
+    def checkpoint(self) -> Iterator[Checkpoint]:
+        """Its weights as a transformers folder."""
+        if self.is_folder:
+            yield Checkpoint(Path(self.name))
+            return
+        with tempfile.TemporaryDirectory(prefix="blockllm-bench-") as scratch:
+            yield Checkpoint(export(self.zoo, self.name, Path(scratch, "base"), Quiet()))
+
+
+class Zoos:
+    """Makes zoos when they are first wanted."""
+
+    def __init__(self, base: Base, progress: Progress) -> None:
+        self._base = base
+        self._progress = progress
+        self._home = zoo_path().parent / "bench" / base.fingerprint()
+
+    @cached_property
+    def plain(self) -> Path:
+        """The base alone."""
+        return self._fill("plain", {BASE: _itself})
+
+    @cached_property
+    def loras(self) -> Path:
+        """The base and eight LoRA adapters."""
+        return self._fill("loras", {BASE: _itself} | _loras())
+
+    @cached_property
+    def whole(self) -> Path:
+        """The base and a variant of every kind."""
+        tuned: dict[str, Make] = {
+            name: lambda base, to, seed=seed: last_layers(base, to, layers=4, seed=seed)
+            for seed, name in enumerate(LAST)
+        }
+        tuned[FULL] = lambda base, to: full(base, to, seed=0)
+        return self._fill("whole", {BASE: _itself} | _loras() | tuned)
+
+    @cached_property
+    def tiny(self) -> Path:
+        """A very small model and its variants."""
+        made: dict[str, Make] = {
+            BASE: _itself,
+            "lora-4": lambda base, to: lora(base, to, rank=4, seed=1),
+            "lora-8": lambda base, to: lora(base, to, rank=8, seed=2),
+            "last": lambda base, to: last_layers(base, to, layers=1, seed=3),
+            "full": lambda base, to: full(base, to, seed=4),
+        }
+        return self._fill("tiny", made, shrink=True)
+
+    @cached_property
+    def empty(self) -> Path:
+        """A folder that is no zoo yet."""
+        return self._home / "empty"
+
+    @property
+    def log(self) -> Path:
+        """Where servers write their log."""
+        self._home.mkdir(parents=True, exist_ok=True)
+        return self._home / "server.log"
+
+    def _fill(self, name: str, made: dict[str, Make], *, shrink: bool = False) -> Path:
+        root = self._home / name
+        missing = made.keys() - {variant.name for variant in variants(root)}
+        if not missing:
+            return root
+        with self._base.checkpoint() as given, tempfile.TemporaryDirectory() as scratch:
+            base = _shrunk(given, Path(scratch, "shrunk")) if shrink else given
+            wanted = [one for one in made if one in missing]
+            for variant in self._progress.track(wanted, f"making the zoo {name}"):
+                source = made[variant](base, Path(scratch, variant))
+                told = None if variant == BASE else BASE
+                add(root, variant, str(source), AddOptions(base=told), Quiet())
+                if source != base.folder:
+                    shutil.rmtree(source)
+        return root
+
+
+def variants(root: Path) -> list[Variant]:
+    """What a zoo holds."""
+    with closing(Catalog(root)) as catalog:
+        return catalog.variants()
+
+
+def _itself(base: Checkpoint, target: Path) -> Path:
+    del target
+    return base.folder
+
+
+def _loras() -> dict[str, Make]:
+    return {
+        name: lambda base, to, rank=8 if seed < 4 else 16, seed=seed: lora(
+            base, to, rank=rank, seed=seed
+        )
+        for seed, name in enumerate(LORAS)
+    }
+
+
+def _shrunk(base: Checkpoint, target: Path) -> Checkpoint:
+    """A random Llama of four layers of 64, with the tokenizer and vocabulary of `base`."""
+    given = AutoConfig.from_pretrained(base.folder)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=given.vocab_size,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=2048,
+            bos_token_id=given.bos_token_id,
+            eos_token_id=given.eos_token_id,
+            tie_word_embeddings=True,
+        )
+    )
+    shutil.copytree(base.folder, target, ignore=shutil.ignore_patterns("*.safetensors*"))
+    model.save_pretrained(target)
+    return Checkpoint(target)
