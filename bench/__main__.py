@@ -43,7 +43,11 @@ DEFAULT = tuple(name for name in SCENARIOS if name != "soak-base")
 
 def main() -> int:
     """Run scenarios, write what they find as they find it, show it."""
-    given = _parser().parse_args()
+    parser = _parser()
+    given = parser.parse_args()
+    unknown = [name for name in given.scenario if name not in SCENARIOS]
+    if unknown:
+        parser.error(f"there is no scenario {unknown[0]!r}: there are {', '.join(SCENARIOS)}")
     console = Console(stderr=True, highlight=False)
     context = _context(given.flag)
     out = given.out or ROOT / "bench" / "results" / _file_name(context)
@@ -102,8 +106,12 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m bench",
         description="Measure this machine with the real server; about ten minutes by default.",
     )
+    names = ", ".join(SCENARIOS)
     parser.add_argument(
-        "scenario", nargs="*", choices=[*SCENARIOS, []], help=f"default: {', '.join(DEFAULT)}"
+        "scenario",
+        nargs="*",
+        metavar="SCENARIO",
+        help=f"of {names} (default: all but {', '.join(SCENARIOS.keys() - set(DEFAULT))})",
     )
     parser.add_argument("--base", default="smollm2", help="a variant of the zoo, or a folder")
     parser.add_argument("--zoo", help="where the base is a variant (default: <home>/zoo)")

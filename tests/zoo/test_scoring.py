@@ -19,9 +19,9 @@ def test_choice_wants_the_right_label_and_no_other(answer: str, expected: float)
     assert choice("positive", "negative").score(answer, ["positive"]) == expected
 
 
-def test_exact_looks_past_spaces_alone() -> None:
-    assert EXACT.score("SELECT  a ;", ["SELECT a ;"]) == 1
-    assert EXACT.score("select a ;", ["SELECT a ;"]) == 0
+def test_exact_looks_past_spaces_case_and_quotes_alone() -> None:
+    assert EXACT.score('SELECT  A = "b" ;', ["SELECT a = B ;"]) == 1
+    assert EXACT.score("SELECT a = b", ["SELECT a = b ;"]) == 0
 
 
 def test_mention_finds_the_reference_in_a_wordy_answer() -> None:
