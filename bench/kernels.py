@@ -26,7 +26,7 @@ from torch import Tensor
 
 from bench.machine import Busy, commit, this_machine
 from ext.cpu import CpuOps
-from ext.ops import Attention, Cache, Geometry, Linear, Norm, Place
+from ext.ops import Attention, Cache, Geometry, Linear, Norm, Ops, Place
 
 SHAPES = ((576, 1536), (576, 576), (1536, 576), (576, 49152))
 ROWS = (1, 8, 32, 128, 512)
@@ -183,7 +183,8 @@ class Model:
 
     def step(self, place: Geometry, cache: Cache, note: Callable[[str], None]) -> Tensor:
         """One step; `note` is told the name of each operation as it ends."""
-        ops, plan = self.ops, self.ops.plan(place)
+        ops: Ops = self.ops
+        plan = ops.plan(place)
         x = ops.embed(np.arange(place.num_rows), self.table.weight, 1.0, None, plan, 0)
         note("plan, embed")
         for index, (qkv, out, gate_up, down) in enumerate(self.layers):

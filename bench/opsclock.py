@@ -7,7 +7,7 @@ from typing import Any
 
 from ext.ops import Ops
 
-STEP_OPS = ("plan", "embed", "project", "attend", "activate", "accumulate")
+STEP_OPS = ("plan", "embed", "project", "attend", "activate", "accumulate", "add_norm")
 
 
 class OpsClock:

@@ -9,7 +9,7 @@ import msgspec
 from bench.roofline import Weights
 from zoo.catalog import Catalog
 from zoo.listing import Listing
-from zoo.manifest import AttentionSpec
+from zoo.manifest import attention_of
 
 _KV_ELEMENT_BYTES = 4
 _ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -21,14 +21,15 @@ def weigh(root: Path, base: str, others: Sequence[str] = ()) -> Weights:
     listing = Listing(root)
     variants = {variant.name: variant for variant in listing.variants}
     detail = listing.detail(variants[base])
-    sizes = {"attention": 0, "mlp": 0, "head": 0, "embed": 0}
+    sizes = {"attention": 0, "mlp": 0, "parallel": 0, "head": 0, "embed": 0}
     for unit in detail.chain_units:
         sizes[unit.kind] += unit.bytes
     with closing(Catalog(root)) as catalog:
         specs = [catalog.unit(unit).spec for unit in catalog.chain(variants[base].chain).units]
-    kv = sum(2 * s.kv_heads * s.head_dim for s in specs if isinstance(s, AttentionSpec))
+    attending = [a for a in map(attention_of, specs) if a is not None]
+    kv = sum(2 * a.kv_heads * a.head_dim for a in attending)
     weights = Weights(
-        body_bytes=sizes["attention"] + sizes["mlp"],
+        body_bytes=sizes["attention"] + sizes["mlp"] + sizes["parallel"],
         head_bytes=sizes["head"],
         element_bytes=_ELEMENT_BYTES[detail.variant.dtype],
         kv_bytes=kv * _KV_ELEMENT_BYTES,

@@ -37,6 +37,13 @@ WaitOption = Annotated[
     float, typer.Option("--wait", help="Seconds to queue while another process changes the zoo.")
 ]
 Name = Annotated[str, typer.Argument(metavar="NAME")]
+TaskName = Annotated[str, typer.Argument(metavar="TASK", help="One of the project's tasks.")]
+BaseFolder = Annotated[Path, typer.Argument(metavar="BASE", help="A transformers folder.")]
+OutFolder = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")]
+RowsOption = Annotated[
+    Path | None,
+    typer.Option("--data", metavar="FILE", help="Rows: .jsonl or .jsonl.gz (see zoo.tasks)."),
+]
 
 # Not the user's mistake: the machine, the disk, or another process.
 _FAILURES = (StoreFailure, ZooBusy, DamagedObject, MissingObject, DamagedCatalog)
@@ -202,18 +209,40 @@ def demo_command(context: typer.Context, zoo: ZooOption = None) -> None:
 
 @app.command("train")
 def train_command(
-    task: Annotated[str, typer.Argument(metavar="TASK", help="One of the project's tasks.")],
-    base: Annotated[Path, typer.Argument(metavar="BASE", help="A transformers folder.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
-    data: Annotated[Path | None, typer.Option("--data", help="A folder of training rows.")] = None,
+    task: TaskName, base: BaseFolder, out: OutFolder, data: RowsOption = None
 ) -> None:
     """Train a variant of the demo."""
-    from zoo.tasks import TASKS
+    from zoo.tasks import task_of
     from zoo.train import train
 
-    if task not in TASKS:
-        raise typer.BadParameter(f"there is no task {task!r}: there are {', '.join(sorted(TASKS))}")
-    train(TASKS[task], base, out, data, ConsoleProgress(_err))
+    train(task_of(task), base, out, data, ConsoleProgress(_err))
+
+
+@app.command("evaluate")
+def evaluate_command(  # noqa: PLR0913 one parameter per option
+    task: TaskName,
+    base: BaseFolder,
+    variant: Annotated[
+        Path, typer.Argument(metavar="VARIANT", help="What train wrote from that base.")
+    ],
+    data: RowsOption = None,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Held-out prompts to ask.")] = 100,
+    card: Annotated[
+        bool, typer.Option("--card", help="Write the scores to the adapter's README.md.")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """Score a variant beside its base on held-out rows. --json: a zoo.evaluate.Comparison."""
+    from zoo.card import write_card
+    from zoo.evaluate import compare, table
+    from zoo.tasks import task_of
+
+    chosen = task_of(task)
+    questions = chosen.questions(data, rows)
+    comparison = compare(chosen, base, variant, questions, ConsoleProgress(_err))
+    if card:
+        write_card(chosen, variant, data, comparison)
+    _show(comparison, table(comparison), [f"{task}: {len(questions)} held-out prompts"], json)
 
 
 def _root(context: typer.Context, zoo: str | None) -> Path:

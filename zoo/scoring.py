@@ -24,8 +24,11 @@ class Metric:
 
 
 def exact(answer: str, references: Sequence[str]) -> float:
-    """Equal to a reference, spaces aside."""
-    return float(any(answer.split() == reference.split() for reference in references))
+    """Equal to a reference, but for spaces, case and double quotes.
+
+    The references of WikiSQL quote and capitalize the same value now one way, now another.
+    """
+    return float(any(_bare(answer) == _bare(reference) for reference in references))
 
 
 def mention(answer: str, references: Sequence[str]) -> float:
@@ -57,6 +60,10 @@ EXACT = Metric("exact match", exact)
 MENTION = Metric("accuracy", mention)
 FIELDS = Metric("field F1", fields)
 CHRF = Metric("chrF", chrf)
+
+
+def _bare(text: str) -> str:
+    return "".join(text.replace('"', "").lower().split())
 
 
 def _pairs(text: str) -> Counter[str]:

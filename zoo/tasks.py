@@ -198,3 +198,10 @@ TASKS = _by_name(
         ),
     ]
 )
+
+
+def task_of(name: str) -> Task:
+    """The task of that name; raises BadSource, which lists those there are."""
+    if name not in TASKS:
+        raise BadSource(f"there is no task {name!r}: there are {', '.join(TASKS)}")
+    return TASKS[name]

@@ -21,7 +21,7 @@ from bench.stage import Stage
 from bench.zoos import BASE, LAST, LORAS, variants
 from engine.client import AsyncClient
 from zoo.catalog import Catalog
-from zoo.manifest import AttentionSpec
+from zoo.manifest import attention_of
 
 _PAGE = 16
 _SYSTEM, _OWN, _USERS = 256, 24, 8
@@ -150,7 +150,7 @@ class Cells:
 def _layers(zoo: Path) -> Layers:
     with closing(Catalog(zoo)) as catalog:
         base, tuned = (catalog.chain(catalog.variant(name).chain) for name in (BASE, LAST[0]))
-        kinds = [isinstance(catalog.unit(unit).spec, AttentionSpec) for unit in base.units]
+        kinds = [attention_of(catalog.unit(unit).spec) is not None for unit in base.units]
     parts_at = next(
         i for i, (a, b) in enumerate(zip(base.units, tuned.units, strict=True)) if a != b
     )

@@ -26,7 +26,7 @@ from zoo.catalog import Catalog, Publication
 from zoo.manifest import Chain, ChainDigest, HeadSpec, Norm, Unit, UnitDigest, Variant, digest
 from zoo.store import Store
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 COMMANDS = Commands(worker=(sys.executable, "-m", "tests.engine.fakeworker"))
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
 EOS = 256

@@ -1,4 +1,4 @@
-"""The main job on the real 135M model: base and adapters served at once, tokens as peft gives them."""
+"""The main job on the real 135M model: base and adapters served at once, tokens as peft's."""
 
 import asyncio
 import importlib.util

@@ -11,7 +11,7 @@ import pytest
 
 from zoo.errors import BadSource
 from zoo.practice import date_rows, ticket_rows
-from zoo.tasks import TASKS, Question, read_rows
+from zoo.tasks import TASKS, Question, read_rows, task_of
 
 GENERATED = [task for task in TASKS.values() if task.generate is not None]
 
@@ -110,3 +110,8 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 def test_messages_carry_braces_of_a_prompt_unchanged() -> None:
     task = replace(TASKS["german"], instruction="Sum up: {prompt}")
     assert task.messages("f'{x}'") == [{"role": "user", "content": "Sum up: f'{x}'"}]
+
+
+def test_an_unknown_task_is_refused_with_those_there_are() -> None:
+    with pytest.raises(BadSource, match=r"no task 'poetry': there are sentiment, sql"):
+        task_of("poetry")
