@@ -160,7 +160,7 @@ def speed(ops: CpuOps, limit: Limits, clock: Clock, shape: tuple[int, int], rows
 class Model:
     """A model of random weights with the shapes of SmolLM2-135M."""
 
-    def __init__(self, ops: CpuOps) -> None:
+    def __init__(self, ops: Ops) -> None:
         def linear(out: int, width: int) -> Linear:
             return Linear(ops.matrix((torch.randn(out, width) / width**0.5).bfloat16()))
 
@@ -183,8 +183,7 @@ class Model:
 
     def step(self, place: Geometry, cache: Cache, note: Callable[[str], None]) -> Tensor:
         """One step; `note` is told the name of each operation as it ends."""
-        ops: Ops = self.ops
-        plan = ops.plan(place)
+        ops, plan = self.ops, self.ops.plan(place)
         x = ops.embed(np.arange(place.num_rows), self.table.weight, 1.0, None, plan, 0)
         note("plan, embed")
         for index, (qkv, out, gate_up, down) in enumerate(self.layers):
