@@ -10,8 +10,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
-# A shell starts background jobs with SIGINT ignored, and children inherit that: tests that interrupt
-# their children must not depend on how the suite was started.
+# A shell starts background jobs with SIGINT ignored, and children inherit that: tests that
+# interrupt their children must not depend on how the suite was started.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
