@@ -17,7 +17,7 @@ from bench.load import LoadFailed
 from bench.machine import ROOT, commit, this_machine, versions
 from bench.report import append, markdown, tables
 from bench.result import Context, Result
-from bench.scenarios import memory, prefix, profile, replay, soak, start, throughput
+from bench.scenarios import memory, parity, prefix, profile, replay, soak, start, throughput
 from bench.scenarios.profile import WorkerFailed
 from bench.server import ServerFailed
 from bench.stage import Scenario, Stage, Trace
@@ -36,9 +36,10 @@ SCENARIOS: Mapping[str, Scenario] = {
     "profile": profile.run,
     "start": start.run,
     "replay": replay.run,
+    "parity": parity.run,
 }
-# The real model makes 10,000 requests a matter of many minutes: only when asked for by name.
-DEFAULT = tuple(name for name in SCENARIOS if name != "soak-base")
+# With the real model these are a matter of many minutes: only when asked for by name.
+DEFAULT = tuple(name for name in SCENARIOS if name not in {"soak-base", "parity"})
 
 
 def main() -> int:

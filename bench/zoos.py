@@ -87,6 +87,11 @@ class Zoos:
         self._progress = progress
         self._home = zoo_path().parent / "bench" / base.fingerprint()
 
+    @property
+    def given(self) -> Path:
+        """The zoo that the base was named in, with whatever it holds."""
+        return self._base.zoo
+
     @cached_property
     def plain(self) -> Path:
         """The base alone."""
