@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Sequence
 from typing import Self
@@ -28,6 +29,9 @@ class Child:
             stdin=PIPE,
             stdout=PIPE if talks else _STDERR,
             start_new_session=True,
+            # Threads of a parallel loop that spin while they wait take the core from whoever they
+            # wait for, when the machine has other work.
+            env={"OMP_WAIT_POLICY": "passive", **os.environ},
         )
         return cls(process)
 

@@ -264,6 +264,10 @@ def main() -> int:
     """Run one verb and return the exit code."""
     # Our own bars and errors say what a person needs; transformers' would come on top.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    # Read when torch is first imported: threads that spin while they wait would make training many
+    # times slower wherever another process wants a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         code = app(standalone_mode=False)
     except ZooError as error:
