@@ -121,11 +121,6 @@ class PrefixCache:
             self._evict(column)
         return True
 
-    def clear(self) -> None:
-        """Evict every idle column."""
-        while self._idle:
-            self._evict(next(iter(self._idle)))
-
     def _evict(self, column: Column) -> None:
         del self._idle[column]
         size = _size(column)
