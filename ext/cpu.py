@@ -95,6 +95,9 @@ class CpuOps:
     def vector(self, weight: Tensor) -> Tensor:
         return weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
+    def factor(self, weight: Tensor) -> Tensor:
+        return self.vector(weight)
+
     def rotary(
         self, inverse_frequencies: Sequence[float], factor: float, interleaved: bool, positions: int
     ) -> CpuRotary:

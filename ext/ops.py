@@ -40,20 +40,31 @@ class Matrix(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Norm:
-    """A normalization over the last axis with its weights, float32 [width]: rms(x) * weight, or
-    layer(x) * weight + bias."""
+class NormRows:
+    """Rows [first, last) of the batch take these weights in place of the norm's own."""
 
-    kind: NormKind
-    eps: float
+    first: int
+    last: int
     weight: Tensor
     bias: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
+class Norm:
+    """A normalization over the last axis with its weights, float32 [width]: rms(x) * weight, or
+    layer(x) * weight + bias. `rows` are sorted, disjoint and not empty."""
+
+    kind: NormKind
+    eps: float
+    weight: Tensor
+    bias: Tensor | None = None
+    rows: tuple[NormRows, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class LoraSegment:
-    """Rows [first, last) of the batch get y += scale * (x A^T) B^T. A [rank, in], B [out, rank],
-    float32, contiguous. Segments of a patch are sorted, disjoint and not empty."""
+    """Rows [first, last) of the batch get y += scale * (x A^T) B^T. A [rank, in], B [out, rank], as
+    `Ops.factor` made them. Segments of a patch are not empty; several may cover the same rows."""
 
     first: int
     last: int
@@ -62,12 +73,25 @@ class LoraSegment:
     scale: float
 
 
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Rows [first, last) of the batch end in y = gain * y + bias, float32 [out], once the low-rank
+    pieces are added. gain None: 1; bias None: the linear's own."""
+
+    first: int
+    last: int
+    gain: Tensor | None = None
+    bias: Tensor | None = None
+
+
 @dataclass(eq=False, slots=True)
 class Patch:
     """The attachments of one linear layer for one arrangement of rows; kept by the caller while
-    that arrangement lasts, so an implementation may leave its prepared form in `prepared`."""
+    that arrangement lasts, so an implementation may leave its prepared form in `prepared`.
+    `finishes` are sorted, disjoint and not empty."""
 
     segments: tuple[LoraSegment, ...]
+    finishes: tuple[Finish, ...] = ()
     prepared: Opaque = None
 
 
@@ -77,6 +101,27 @@ class Linear:
 
     weight: Matrix
     bias: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RowGain:
+    """Rows [first, last) of the batch are multiplied by `vector`, float32 [width]."""
+
+    first: int
+    last: int
+    vector: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Detour:
+    """Rows [first, last) of the batch get x += scale * up(act(down(z))): a bottleneck adapter."""
+
+    first: int
+    last: int
+    down: Linear
+    up: Linear
+    activation: Literal["relu", "silu", "gelu", "gelu_tanh", "tanh", "none"]
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +185,8 @@ class Place:
 
 
 class Ops(Protocol):
-    """See the module's text. All tensors returned are fresh; only `accumulate` and `add_norm` write
-    in place. Matrices, rotaries and plans are passed only to the implementation that made them."""
+    """See the module's text. All tensors returned are fresh; only `accumulate`, `add_norm`, `scale` and
+    `detour` write in place. Matrices, rotaries and plans are passed only to the implementation that made them."""
 
     name: str
     device: torch.device
@@ -152,7 +197,12 @@ class Ops(Protocol):
         ...
 
     def vector(self, weight: Tensor) -> Tensor:
-        """Resident form of a norm weight, a bias or an adapter's matrix: float32, contiguous."""
+        """Resident form of a norm weight, a bias or a gain: float32, contiguous."""
+        ...
+
+    def factor(self, weight: Tensor) -> Tensor:
+        """Resident form of a low-rank matrix: contiguous, in its stored precision (f32, f16 or
+        bf16); sums over it are float32."""
         ...
 
     def rotary(
@@ -192,8 +242,8 @@ class Ops(Protocol):
         linears: Sequence[Linear],
         patches: Sequence[Patch | None],
     ) -> list[Tensor]:
-        """y_i = linear_i(norm(x)) + patch_i(norm(x)); norm None: x as it is. float32 [rows,
-        out_i]."""
+        """y_i = linear_i(norm(x)) with patch_i (see LoraSegment and Finish); norm None: x as it is.
+        float32 [rows, out_i]."""
         ...
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, how: Attention, at: Place) -> Tensor:
@@ -218,4 +268,12 @@ class Ops(Protocol):
 
     def add_norm(self, x: Tensor, y: Tensor, norm: Norm) -> None:
         """x += norm(y), in place; both [rows, width]."""
+        ...
+
+    def scale(self, x: Tensor, gains: Sequence[RowGain]) -> None:
+        """Multiply rows of x [rows, width] in place."""
+        ...
+
+    def detour(self, x: Tensor, z: Tensor, detours: Sequence[Detour]) -> None:
+        """Add bottleneck adapters' outputs to rows of x, in place; x and z are [rows, hidden]."""
         ...

@@ -4,7 +4,7 @@ Runs on any torch device in float32. Clarity before speed: attention gathers pag
 scaled_dot_product_attention per sequence (prefill) or per group of single rows (decode).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ext.ops import Activation, Attention, Cache, Geometry, Linear, Norm, Patch, Place
+from ext.ops import (
+    Activation,
+    Attention,
+    Cache,
+    Detour,
+    Geometry,
+    Linear,
+    Norm,
+    NormKind,
+    Patch,
+    Place,
+    RowGain,
+)
+
+_CURVES: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "tanh": torch.tanh,
+    "none": lambda x: x,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +94,9 @@ class TorchOps:
 
     def vector(self, weight: Tensor) -> Tensor:
         return weight.to(self.device, torch.float32, copy=True).contiguous()
+
+    def factor(self, weight: Tensor) -> Tensor:
+        return weight.to(self.device, copy=True).contiguous()
 
     def rotary(
         self, inverse_frequencies: Sequence[float], factor: float, interleaved: bool, positions: int
@@ -140,10 +164,18 @@ class TorchOps:
         return [self._linear(x, a, b) for a, b in zip(linears, patches, strict=True)]
 
     def _linear(self, x: Tensor, linear: Linear, patch: Patch | None) -> Tensor:
-        y = F.linear(x, linear.weight.data, linear.bias)  # type: ignore[attr-defined]
+        y = F.linear(x, linear.weight.data)  # type: ignore[attr-defined]
         for s in patch.segments if patch is not None else ():
-            low = F.linear(x[s.first : s.last], s.a) * s.scale
-            y[s.first : s.last] += F.linear(low, s.b)
+            low = F.linear(x[s.first : s.last], s.a.float()) * s.scale
+            y[s.first : s.last] += F.linear(low, s.b.float())
+        biases = [] if linear.bias is None else [(0, len(y), linear.bias)]
+        for f in patch.finishes if patch is not None else ():
+            if f.gain is not None:
+                y[f.first : f.last] *= f.gain
+            if f.bias is not None:
+                biases = _replaced(biases, f.first, f.last, f.bias)
+        for first, last, bias in biases:
+            y[first:last] += bias
         return y
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, how: Attention, at: Place) -> Tensor:
@@ -183,15 +215,45 @@ class TorchOps:
     def add_norm(self, x: Tensor, y: Tensor, norm: Norm) -> None:
         x += normalize(y, norm)
 
+    def scale(self, x: Tensor, gains: Sequence[RowGain]) -> None:
+        for gain in gains:
+            x[gain.first : gain.last] *= gain.vector
+
+    def detour(self, x: Tensor, z: Tensor, detours: Sequence[Detour]) -> None:
+        for d in detours:
+            inner = self._linear(z[d.first : d.last], d.down, None)
+            out = self._linear(_CURVES[d.activation](inner), d.up, None)
+            x[d.first : d.last] += out * d.scale
+
     def argmax(self, logits: Tensor) -> Tensor:
         return logits.argmax(dim=1)
 
 
 def normalize(x: Tensor, norm: Norm) -> Tensor:
     """RMS or layer norm over the last axis, float32."""
-    if norm.kind == "layer":
-        return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.eps) * norm.weight
+    y = _normalized(x, norm.kind, norm.eps, norm.weight, norm.bias)
+    for own in norm.rows:
+        rows = slice(own.first, own.last)
+        y[rows] = _normalized(x[rows], norm.kind, norm.eps, own.weight, own.bias)
+    return y
+
+
+def _normalized(
+    x: Tensor, kind: NormKind, eps: float, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    if kind == "layer":
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
+
+
+def _replaced(
+    biases: list[tuple[int, int, Tensor]], first: int, last: int, bias: Tensor
+) -> list[tuple[int, int, Tensor]]:
+    """Runs of rows and their biases, once rows [first, last) have another."""
+    kept: list[tuple[int, int, Tensor]] = []
+    for begin, end, own in biases:
+        kept += [(begin, min(end, first), own), (max(begin, last), end, own)]
+    return [run for run in kept if run[0] < run[1]] + [(first, last, bias)]
 
 
 def rotate(x: Tensor, rotary: Rotary, positions: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from zoo.manifest import (
     Rope,
     Unit,
 )
+from zoo.manifest import LowRank as LowRankPiece
 from zoo.manifest import Norm as NormSpec
 
 
@@ -167,7 +168,8 @@ def build_attachment(attachment: Attachment, loaders: Loaders) -> ResidentAttach
     """Make a LoRA's pieces on one unit resident: role -> its two matrices."""
     return {
         t.role: LowRank(loaders.vector(t.a, 0.0), loaders.vector(t.b, 0.0), t.scale)
-        for t in attachment.targets
+        for t in attachment.pieces
+        if isinstance(t, LowRankPiece)
     }
 
 

@@ -31,6 +31,7 @@ from zoo.manifest import (
     Rope,
     Unit,
     UnitDigest,
+    objects_of,
 )
 from zoo.store import Store
 
@@ -256,7 +257,7 @@ class _Loading:
     ) -> dict[ObjectDigest, int]:
         """Stored bytes of every tensor of a chain."""
         digests = {d for _, unit in units for d in unit.tensors.values()}
-        digests |= {d for a in attachments if a for t in a[1].targets for d in (t.a, t.b)}
+        digests |= {d for a in attachments if a for d in objects_of(a[1])}
         return {digest: self._store.info(digest).nbytes for digest in digests}
 
     def close(self) -> None:

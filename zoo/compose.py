@@ -15,13 +15,13 @@ from zoo.checkpoint import Checkpoint, UnitSource
 from zoo.errors import BadAdapter, BadCheckpoint
 from zoo.families.registry import family_named
 from zoo.manifest import (
+    Attachment,
     AttachmentDigest,
     Chain,
     ChainDigest,
     EmbedSpec,
     HeadSpec,
-    Lora,
-    LoraTarget,
+    LowRank,
     ObjectDigest,
     Unit,
     UnitDigest,
@@ -108,7 +108,7 @@ class Tuned:
     """The units of a variant, and what an adapter attaches to each (nothing: an empty list)."""
 
     units: list[Unit]
-    attachments: list[Lora | None]
+    attachments: list[Attachment | None]
 
 
 def compose_tuned(
@@ -175,7 +175,7 @@ def unit_digest(unit: Unit) -> UnitDigest:
     return UnitDigest(digest(unit))
 
 
-def attachment_digest(attachment: Lora) -> AttachmentDigest:
+def attachment_digest(attachment: Attachment) -> AttachmentDigest:
     """An attachment's name."""
     return AttachmentDigest(digest(attachment))
 
@@ -206,12 +206,12 @@ def _with_whole(
     return Unit(spec, unit.tensors | {role: tensors[name] for role, name in whole.items()})
 
 
-def _attachment(targets: Sequence[Target], tensors: Mapping[str, ObjectDigest]) -> Lora | None:
+def _attachment(targets: Sequence[Target], tensors: Mapping[str, ObjectDigest]) -> Attachment | None:
     if not targets:
         return None
-    return Lora(
+    return Attachment(
         tuple(
-            LoraTarget(target.role, tensors[target.a], tensors[target.b], target.rank, target.scale)
+            LowRank(target.role, tensors[target.a], tensors[target.b], target.rank, target.scale)
             for target in sorted(targets, key=lambda target: target.role)
         )
     )

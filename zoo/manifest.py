@@ -6,6 +6,7 @@ content has one name wherever it was made. Specs leave out what stands at its de
 that a later family needs does not rename the units of the others."""
 
 import hashlib
+from collections.abc import Iterable
 from typing import Literal, NewType
 
 import msgspec
@@ -145,8 +146,10 @@ class Unit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tensors: dict[str, ObjectDigest]
 
 
-class LoraTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """y += scale * B(A(x)) on the linear `role` of a unit; A is [rank, in], B is [out, rank]."""
+class LowRank(msgspec.Struct, frozen=True, tag="low_rank", forbid_unknown_fields=True):
+    """y += scale * B(A(x)) on the linear `role` of a unit; A is [rank, in], B is [out, rank].
+
+    On the role "tokens" of an embedding: x(t) += scale * B A[:, t], in = vocabulary."""
 
     role: str
     a: ObjectDigest
@@ -155,13 +158,130 @@ class LoraTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     scale: float
 
 
-class Lora(msgspec.Struct, frozen=True, tag="lora", forbid_unknown_fields=True):
-    """A variant's low-rank pieces on one unit."""
+class Gain(msgspec.Struct, frozen=True, tag="gain", forbid_unknown_fields=True):
+    """y = vector * (W x + low-rank pieces), before the bias is added; vector is [out]. DoRA's
+    magnitudes over norms, IA3's vectors on keys and values."""
 
-    targets: tuple[LoraTarget, ...]
+    role: str
+    vector: ObjectDigest
 
 
-Attachment = Lora
+class InputGain(msgspec.Struct, frozen=True, tag="input_gain", forbid_unknown_fields=True):
+    """The output linear `role` ("o" or "down") reads vector * x; vector is [in]. IA3 on MLPs."""
+
+    role: str
+    vector: ObjectDigest
+
+
+class Bias(msgspec.Struct, frozen=True, tag="bias", forbid_unknown_fields=True):
+    """A bias [out] in place of the linear's own, if it has one."""
+
+    role: str
+    vector: ObjectDigest
+
+
+class NormWeights(
+    msgspec.Struct, frozen=True, tag="norm", omit_defaults=True, forbid_unknown_fields=True
+):
+    """Weights in place of the norm `role` of a unit (norm, mlp_norm, q_norm, k_norm, post_norm), as
+    a checkpoint stores them: the unit's own offset is still added."""
+
+    role: str
+    weight: ObjectDigest
+    bias: ObjectDigest | None = None
+
+
+class Bottleneck(
+    msgspec.Struct, frozen=True, tag="bottleneck", omit_defaults=True, forbid_unknown_fields=True
+):
+    """A small MLP beside or behind the output linear `role` ("o" or "down") of a half-layer.
+
+    With y what the half-layer adds to the stream x: x += y + scale * up(act(down(z))), where z is
+    what it `reads`: "output": y; "stream": x + y; "input": x; "norm": norm(x) of the half-layer.
+    down is [size, hidden], up is [hidden, size]."""
+
+    role: str
+    down: ObjectDigest
+    up: ObjectDigest
+    activation: Literal["relu", "silu", "gelu", "gelu_tanh", "tanh", "none"]
+    reads: Literal["output", "stream", "input", "norm"] = "output"
+    scale: float = 1.0
+    down_bias: ObjectDigest | None = None
+    up_bias: ObjectDigest | None = None
+
+
+class Prefix(msgspec.Struct, frozen=True, tag="prefix", forbid_unknown_fields=True):
+    """Keys and values [length, kv_heads, head_dim] that stand before the first token in one
+    attention layer; they take the positions 0 .. length - 1, and keys are not rotated."""
+
+    keys: ObjectDigest
+    values: ObjectDigest
+    length: int
+
+
+class SoftPrompt(msgspec.Struct, frozen=True, tag="soft_prompt", forbid_unknown_fields=True):
+    """Vectors [length, hidden] that stand before the first token's embedding and take the positions
+    0 .. length - 1; the embedding's scale does not apply to them, learned positions do."""
+
+    vectors: ObjectDigest
+    length: int
+
+
+class TokenRows(msgspec.Struct, frozen=True, tag="token_rows", forbid_unknown_fields=True):
+    """Rows of the embedding ("tokens") or of the head ("head") in place of the table's own: `ids`
+    are I64 [n], ascending; `rows` [n, hidden]. Ids may lie beyond the table (added tokens)."""
+
+    role: str
+    ids: ObjectDigest
+    rows: ObjectDigest
+
+
+Piece = (
+    LowRank
+    | Gain
+    | InputGain
+    | Bias
+    | NormWeights
+    | Bottleneck
+    | Prefix
+    | SoftPrompt
+    | TokenRows
+)
+
+
+class Attachment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one variant has upon one unit, applied to its own rows inside the shared batch. Of one
+    type and role there is at most one piece, but for low-rank ones, which add up."""
+
+    pieces: tuple[Piece, ...]
+
+
+def objects_of(attachment: Attachment) -> list[ObjectDigest]:
+    """The tensors that an attachment names."""
+    found: list[ObjectDigest] = []
+    for piece in attachment.pieces:
+        match piece:
+            case LowRank(a=a, b=b):
+                found += (a, b)
+            case Gain(vector=vector) | InputGain(vector=vector) | Bias(vector=vector):
+                found.append(vector)
+            case NormWeights(weight=weight, bias=bias):
+                found += (weight, bias) if bias else (weight,)
+            case Bottleneck(down=down, up=up, down_bias=inner, up_bias=outer):
+                found += (d for d in (down, up, inner, outer) if d)
+            case Prefix(keys=keys, values=values):
+                found += (keys, values)
+            case SoftPrompt(vectors=vectors):
+                found.append(vectors)
+            case TokenRows(ids=ids, rows=rows):
+                found += (ids, rows)
+    return found
+
+
+def virtual_tokens(attachments: Iterable[Attachment | None]) -> int:
+    """Positions that stand before a request's first token: the length of its prefix or prompt."""
+    pieces = [p for a in attachments if a for p in a.pieces]
+    return max((p.length for p in pieces if isinstance(p, Prefix | SoftPrompt)), default=0)
 
 
 class Chain(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -12,6 +12,7 @@ from zoo.manifest import (
     Unit,
     UnitDigest,
     Variant,
+    objects_of,
 )
 
 
@@ -50,8 +51,7 @@ class Reach:
         tensors = self.tensors(chain.units)
         for digest in chain.attachments:
             if digest is not None:
-                for target in self.attachment(digest).targets:
-                    tensors.update((target.a, target.b))
+                tensors.update(objects_of(self.attachment(digest)))
         objects = tensors.union(variant.tensors.values(), variant.files.values())
         return Footprint(chain, frozenset(tensors), frozenset(objects))
 

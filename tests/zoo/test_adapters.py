@@ -54,7 +54,7 @@ def our_weights(root: Path, name: str) -> Tensors:
         unit = catalog.unit(unit_digest)
         for role, digest in unit.tensors.items():
             weights[family.tensor_name(Place(index, role), layers)] = read(store, digest)
-        for target in catalog.attachment(attachment).targets if attachment else ():
+        for target in catalog.attachment(attachment).pieces if attachment else ():
             delta = target.scale * (read(store, target.b) @ read(store, target.a))
             key = family.tensor_name(Place(index, f"{target.role}.weight"), layers)
             weights[key] = weights[key] + (delta.T if variant.family == "gpt2" else delta)
