@@ -1,0 +1,337 @@
+"""CUDA operations behind the interface `ext.ops.Ops`: cuBLAS for the large products, Triton for the
+rest.
+
+Weights, KV and what products read keep the precision of the weights (bf16 for bf16 checkpoints);
+residuals, sums, scores and logits are float32. Nothing here waits for the device, so a step can be
+captured as a graph. Under Triton's interpreter the same kernels run on a CPU, for tests.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ext.cuda import lora, paged, pointwise
+from ext.cuda.patches import Prepared, Round, Slots, prepare_norm, prepare_patch
+from ext.cuda.plan import CudaPlan, make_plan
+from ext.ops import (
+    Activation,
+    Attention,
+    Detour,
+    Geometry,
+    Linear,
+    Norm,
+    Patch,
+    Place,
+    RowGain,
+)
+
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
+_CURVES = {
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "tanh": torch.tanh,
+    "none": lambda x: x,
+}
+_BLOCK = 1024
+_SHRINK_PARTS = 8
+_KEPT_NORMS = 4096
+
+
+@dataclass(eq=False, slots=True)
+class CudaMatrix:
+    """A resident weight [out, in] in its stored precision; `data` is contiguous."""
+
+    data: Tensor
+
+    @property
+    def out_features(self) -> int:
+        return self.data.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.data.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.numel() * self.data.element_size()
+
+
+@dataclass(frozen=True, slots=True)
+class CudaRotary:
+    """cos and sin, float32 [positions, 2, half]."""
+
+    table: Tensor
+    interleaved: bool
+
+
+class CudaOps:
+    """See `ext.ops.Ops`. `device` is a CUDA device, or "cpu" under Triton's interpreter."""
+
+    name = "cuda"
+
+    def __init__(self, device: str = "cuda") -> None:
+        self.device = torch.device(device)
+        self._programs = 2 * _multiprocessors(self.device)
+        self._norms: OrderedDict[tuple[int, int], tuple[Norm, Slots]] = OrderedDict()
+
+    def matrix(self, weight: Tensor, *, transposed: bool = False) -> CudaMatrix:
+        weight = weight.t() if transposed else weight
+        return CudaMatrix(weight.to(self.device, copy=True).contiguous())
+
+    def vector(self, weight: Tensor) -> Tensor:
+        return weight.to(self.device, torch.float32, copy=True).contiguous()
+
+    def factor(self, weight: Tensor) -> Tensor:
+        return weight.to(self.device, copy=True).contiguous()
+
+    def rotary(
+        self, inverse_frequencies: Sequence[float], factor: float, interleaved: bool, positions: int
+    ) -> CudaRotary:
+        frequencies = torch.tensor(inverse_frequencies, dtype=torch.float32)
+        angles = torch.arange(positions, dtype=torch.float32)[:, None] * frequencies
+        table = torch.stack((angles.cos() * factor, angles.sin() * factor), 1)
+        return CudaRotary(table.contiguous().to(self.device), interleaved)
+
+    def memory(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+
+    def plan(self, geometry: Geometry) -> CudaPlan:
+        return make_plan(geometry, self.device)
+
+    def embed(
+        self,
+        tokens: np.ndarray,
+        table: CudaMatrix,
+        scale: float,
+        positions: CudaMatrix | None,
+        plan: CudaPlan,
+        offset: int,
+    ) -> Tensor:
+        host = torch.from_numpy(np.ascontiguousarray(tokens, dtype=np.int64))
+        ids = host.pin_memory() if self.device.type == "cuda" else host
+        x = F.embedding(ids.to(self.device, non_blocking=True), table.data).float()
+        if scale != 1.0:
+            x *= scale
+        if positions is not None:
+            x += F.embedding(plan.positions + offset, positions.data)
+        return x
+
+    # ---- linear layers --------------------------------------------------------------------------
+
+    def project(
+        self,
+        x: Tensor,
+        norm: Norm | None,
+        linears: Sequence[Linear],
+        patches: Sequence[Patch | None],
+    ) -> list[Tensor]:
+        storage = linears[0].weight.data.dtype  # pyright: ignore[reportAttributeAccessIssue]
+        rows = self._normed(x, norm, storage) if norm is not None else x
+        outs: list[Tensor] = []
+        for linear, patch in zip(linears, patches, strict=True):
+            y = self._multiply(rows, linear, patch)
+            slots = self._prepared(patch, len(x)).slots if patch is not None else None
+            if linear.bias is not None or slots is not None:
+                self._finish(y, y, linear.bias, slots, add=False)
+            outs.append(y)
+        return outs
+
+    def accumulate(self, x: Tensor, y: Tensor, linear: Linear, patch: Patch | None) -> None:
+        z = self._multiply(y, linear, patch)
+        slots = self._prepared(patch, len(x)).slots if patch is not None else None
+        if linear.bias is None and slots is None:
+            x += z
+        else:
+            self._finish(z, x, linear.bias, slots, add=True)
+
+    def add_norm(self, x: Tensor, y: Tensor, norm: Norm) -> None:
+        self._norm_into(y, x, norm, add=True)
+
+    def _normed(self, x: Tensor, norm: Norm, storage: torch.dtype) -> Tensor:
+        out = torch.empty(x.shape, dtype=storage, device=self.device)
+        self._norm_into(x, out, norm, add=False)
+        return out
+
+    def _norm_into(self, x: Tensor, out: Tensor, norm: Norm, *, add: bool) -> None:
+        if len(x) == 0:
+            return
+        slots = self._norm_slots(norm, len(x)) if norm.rows else None
+        bias = norm.bias
+        pointwise.norm_rows[(len(x),)](
+            x,
+            out,
+            x.shape[1],
+            norm.eps,
+            norm.weight,
+            norm.weight if bias is None else bias,
+            None if slots is None else slots.rows,
+            None if slots is None else slots.first,
+            None if slots is None else slots.second,
+            HAS_BIAS=bias is not None,
+            LAYER=norm.kind == "layer",
+            SLOTTED=slots is not None,
+            ADD=add,
+            WIDTH_PAD=triton.next_power_of_2(x.shape[1]),
+        )
+
+    def _norm_slots(self, norm: Norm, rows: int) -> Slots:
+        """Row slots of a norm: made once while the caller keeps the norm for its arrangement."""
+        key = (id(norm), rows)
+        if key not in self._norms:
+            self._norms[key] = (norm, prepare_norm(norm, rows, self.device))
+            if len(self._norms) > _KEPT_NORMS:
+                self._norms.popitem(last=False)
+        return self._norms[key][1]
+
+    def _multiply(self, x: Tensor, linear: Linear, patch: Patch | None) -> Tensor:
+        """x W^T and the low-rank pieces, float32."""
+        weight: Tensor = linear.weight.data  # pyright: ignore[reportAttributeAccessIssue]
+        y = _product(x, weight)
+        if patch is not None:
+            for part in self._prepared(patch, len(x)).rounds:
+                self._low_rank(x, y, part)
+        return y
+
+    def _prepared(self, patch: Patch, rows: int) -> Prepared:
+        if patch.prepared is None:
+            patch.prepared = prepare_patch(patch, rows, self.device)
+        return patch.prepared
+
+    def _low_rank(self, x: Tensor, y: Tensor, part: Round) -> None:
+        width, out = x.shape[1], y.shape[1]
+        x = x.contiguous()
+        shape = (_SHRINK_PARTS, part.count, lora.TILE_ROWS, part.rank)
+        shrunk = torch.empty(shape, dtype=torch.float32, device=self.device)
+        shared = {
+            "RANK": part.rank,
+            "PARTS": _SHRINK_PARTS,
+            "ROWS": lora.TILE_ROWS,
+            "STORAGE": _TYPES[part.dtype],
+            "PRECISION": "ieee",
+        }
+        lora.shrink[(part.count, _SHRINK_PARTS)](
+            x,
+            width,
+            part.tiles,
+            part.pointers,
+            part.ranks,
+            shrunk,
+            part.count,
+            BLOCK_K=64,
+            **shared,
+        )
+        block = 128
+        lora.expand[(part.count, triton.cdiv(out, block))](
+            shrunk,
+            y,
+            out,
+            part.tiles,
+            part.pointers,
+            part.ranks,
+            part.scales,
+            part.count,
+            BLOCK_O=block,
+            **shared,
+        )
+
+    def _finish(
+        self, y: Tensor, out: Tensor, bias: Tensor | None, slots: Slots | None, *, add: bool
+    ) -> None:
+        rows, width = y.shape
+        if rows == 0:
+            return
+        pointwise.finish_rows[(rows, triton.cdiv(width, _BLOCK))](
+            y,
+            out,
+            width,
+            y if bias is None else bias,
+            None if slots is None else slots.rows,
+            None if slots is None else slots.first,
+            None if slots is None else slots.second,
+            HAS_BIAS=bias is not None,
+            SLOTTED=slots is not None,
+            ADD=add,
+            BLOCK=_BLOCK,
+        )
+
+    # ---- attention and what lies between the products -------------------------------------------
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, how: Attention, at: Place) -> Tensor:
+        if len(q) == 0:
+            return torch.empty(q.shape, dtype=at.cache.data.dtype, device=self.device)
+        if (how.q_norm and how.q_norm.rows) or (how.k_norm and how.k_norm.rows):
+            q, k, how = self._head_norms(q, k, how, at.cache.data.shape[4])
+        return paged.attend(paged.append(q, k, v, how, at), how, at, self._programs)
+
+    def _head_norms(
+        self, q: Tensor, k: Tensor, how: Attention, dim: int
+    ) -> tuple[Tensor, Tensor, Attention]:
+        """Norms of q and k that differ between rows, applied ahead of `append`."""
+        q = q if how.q_norm is None else self._head_norm(q, how.q_norm, dim)
+        k = k if how.k_norm is None else self._head_norm(k, how.k_norm, dim)
+        return q, k, replace(how, q_norm=None, k_norm=None)
+
+    def _head_norm(self, x: Tensor, norm: Norm, dim: int) -> Tensor:
+        heads = x.shape[1] // dim
+        rows = tuple(
+            replace(own, first=own.first * heads, last=own.last * heads) for own in norm.rows
+        )
+        flat = self._normed(x.reshape(-1, dim), replace(norm, rows=rows), torch.float32)
+        return flat.view(x.shape)
+
+    def activate(self, gate: Tensor | None, up: Tensor, kind: Activation) -> Tensor:
+        up = up.contiguous()
+        out = torch.empty(up.shape, dtype=torch.float32, device=self.device)
+        if up.numel() == 0:
+            return out
+        pointwise.activate[(triton.cdiv(up.numel(), _BLOCK),)](
+            up if gate is None else gate.contiguous(),
+            up,
+            out,
+            up.numel(),
+            GATED=gate is not None,
+            KIND=_ACTIVATIONS[kind],
+            BLOCK=_BLOCK,
+        )
+        return out
+
+    def scale(self, x: Tensor, gains: Sequence[RowGain]) -> None:
+        for gain in gains:
+            x[gain.first : gain.last] *= gain.vector
+
+    def detour(self, x: Tensor, z: Tensor, detours: Sequence[Detour]) -> None:
+        for d in detours:
+            (inner,) = self.project(z[d.first : d.last], None, (d.down,), (None,))
+            (out,) = self.project(_CURVES[d.activation](inner), None, (d.up,), (None,))
+            x[d.first : d.last] += out * d.scale
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        best = logits.amax(1, keepdim=True)
+        ids = torch.arange(logits.shape[1], device=logits.device)
+        return torch.where(logits == best, ids, logits.shape[1]).amin(1)
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T with float32 sums and results; x is rounded to the precision of the weights."""
+    x = x.to(weight.dtype)
+    if weight.dtype is torch.float32:
+        return F.linear(x, weight)
+    if weight.device.type == "cuda":
+        return torch.mm(x, weight.t(), out_dtype=torch.float32)
+    return F.linear(x.float(), weight.float())
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
