@@ -139,9 +139,9 @@ def attend(
     blocks,
     tables,
     table_stride,
+    longest,
     scale,
     window,
-    span,
     num_rows,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -157,8 +157,9 @@ def attend(
     """Some rows of one sequence, all query heads of one KV head, one span of positions.
 
     `blocks` [n, 4] holds sequence, first row, rows, first position. Without SPLIT the result goes
-    to `out` [rows, heads, dim]; else float32 sums over `span` positions go to `partial`
-    [spans, rows, heads, dim], their scores' maxima (base 2) and sums of weights beside them."""
+    to `out` [rows, heads, dim]; else each of the spans into which the `longest` context falls
+    leaves float32 sums in `partial` [spans, rows, heads, dim], their scores' maxima (base 2) and
+    sums of weights beside them."""
     block = tl.program_id(0)
     kv_head = tl.program_id(1)
     part = tl.program_id(2)
@@ -182,7 +183,10 @@ def attend(
     if window > 0:
         low = tl.maximum(0, first - window + 1)
     high = first + count
+    span = 0
     if SPLIT:
+        tiles = tl.cdiv(tl.load(longest), BLOCK_N)
+        span = tl.cdiv(tiles, tl.num_programs(2)) * BLOCK_N
         low = tl.maximum(low, part * span)
         high = tl.minimum(high, (part + 1) * span)
     low = low // BLOCK_N * BLOCK_N

@@ -29,12 +29,14 @@ def shrink(
 ):
     """shrunk[part, tile, row, :] = x[row] A^T over one part of the inputs; float32, rank padded.
 
-    `tiles` [n, 3]: segment, first row, rows. `pointers` [segments, 2]: A, B."""
+    `tiles` [n, 3]: segment, first row, rows (0: nothing to do). `pointers` [segments, 2]: A, B."""
     tile = tl.program_id(0)
     part = tl.program_id(1)
     segment = tl.load(tiles + tile * 3)
     first = tl.load(tiles + tile * 3 + 1)
     count = tl.load(tiles + tile * 3 + 2)
+    if count == 0:
+        return
     rank = tl.load(ranks + segment)
     a = tl.load(pointers + segment * 2).to(tl.pointer_type(STORAGE))
     r = tl.arange(0, ROWS)
@@ -81,6 +83,8 @@ def expand(
     segment = tl.load(tiles + tile * 3)
     first = tl.load(tiles + tile * 3 + 1)
     count = tl.load(tiles + tile * 3 + 2)
+    if count == 0:
+        return
     rank = tl.load(ranks + segment)
     scale = tl.load(scales + segment)
     b = tl.load(pointers + segment * 2 + 1).to(tl.pointer_type(STORAGE))

@@ -64,14 +64,14 @@ def attend(q: Tensor, how: Attention, at: Place, programs: int) -> Tensor:
     group = q.shape[1] // (kv_heads * dim)
     out = torch.empty_like(q)
     if plan.single_blocks.count:
-        spans, length = plan.spans(programs, kv_heads)
+        spans = plan.spans(programs, kv_heads)
         padded = max(_FEWEST_ROWS, triton.next_power_of_2(group))
-        _launch(q, out, how, at, (plan.single_blocks, padded, padded), (spans, length))
+        _launch(q, out, how, at, (plan.single_blocks, padded, padded), spans)
     if len(plan.chunks):
         padded = triton.next_power_of_2(group)
         rows = max(1, _CHUNK_ROWS // padded)
         blocks = plan.chunk_blocks(rows)
-        _launch(q, out, how, at, (blocks, padded, max(_FEWEST_ROWS, rows * padded)), (1, 0))
+        _launch(q, out, how, at, (blocks, padded, max(_FEWEST_ROWS, rows * padded)), 1)
     return out
 
 
@@ -81,15 +81,14 @@ def _launch(
     how: Attention,
     at: Place,
     tile: tuple[Blocks, int, int],
-    split: tuple[int, int],
+    spans: int,
 ) -> None:
-    """One launch over `tile` (blocks, padded group, rows), contexts split into (spans, length)."""
+    """One launch over `tile` (blocks, padded group, rows), contexts split into `spans`."""
     plan: CudaPlan = at.plan
     cache = at.cache.data
     kv_heads, dim = cache.shape[3:]
     heads = q.shape[1] // dim
     blocks, padded, rows = tile
-    spans, length = split
     table = plan.tables[:, at.layer]
     partial = maxima = sums = q
     if spans > 1:
@@ -107,9 +106,9 @@ def _launch(
         blocks.data,
         table,
         table.stride(0),
+        plan.longest,
         how.scale,
         how.window or 0,
-        length,
         len(q),
         KV_HEADS=kv_heads,
         GROUP=heads // kv_heads,

@@ -19,11 +19,11 @@ TYPES = {
     "q_out": "*bf16", "cache": "*bf16", "tiles": "*i32", "ranks": "*i32", "blocks": "*i32",
     "tables": "*i32", "singles": "*i32", "slots": "*i32", "row_sequence": "*i32",
     "row_position": "*i32", "pointers": "*i64", "weights": "*i64", "biases": "*i64",
-    "gains": "*i64", "eps": "fp32", "q_eps": "fp32", "k_eps": "fp32", "scale": "fp32",
+    "gains": "*i64", "longest": "*i32", "eps": "fp32", "q_eps": "fp32", "k_eps": "fp32",
+    "scale": "fp32",
 }  # fmt: skip
 NUMBERS = {
-    "width", "num_tiles", "out_width", "count", "table_stride", "window", "span", "num_rows",
-    "spans",
+    "width", "num_tiles", "out_width", "count", "table_stride", "window", "num_rows", "spans",
 }  # fmt: skip
 
 
