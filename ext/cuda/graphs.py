@@ -140,8 +140,9 @@ def _load(
             targets.append(whole[: len(part)])
             sources.append(part)
     if cleared:
-        torch._foreach_zero_(cleared)
-        torch._foreach_copy_(targets, sources)
+        # A few launches for all of them; torch has no public name for these.
+        torch._foreach_zero_(cleared)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
     captured.loaded = tuple(patches)
 
 

@@ -9,11 +9,11 @@ captured as a graph. Under Triton's interpreter the same kernels run on a CPU, f
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -31,6 +31,10 @@ from ext.ops import (
     Place,
     RowGain,
 )
+
+# Triton's kernels take what a launch gives them; their signatures say nothing of it.
+_low_rank: Any = lora
+_pointwise: Any = pointwise
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
@@ -167,7 +171,7 @@ class CudaOps:
             return
         slots = self._norm_slots(norm, len(x)) if norm.rows else None
         bias = norm.bias
-        pointwise.norm_rows[(len(x),)](
+        _pointwise.norm_rows[(len(x),)](
             x,
             out,
             x.shape[1],
@@ -181,7 +185,7 @@ class CudaOps:
             LAYER=norm.kind == "layer",
             SLOTTED=slots is not None,
             ADD=add,
-            WIDTH_PAD=triton.next_power_of_2(x.shape[1]),
+            WIDTH_PAD=1 << (x.shape[1] - 1).bit_length(),
         )
 
     def _norm_slots(self, norm: Norm, rows: int) -> Slots:
@@ -219,7 +223,7 @@ class CudaOps:
             "STORAGE": _TYPES[part.dtype],
             "PRECISION": "ieee",
         }
-        lora.shrink[(part.count, _SHRINK_PARTS)](
+        _low_rank.shrink[(part.count, _SHRINK_PARTS)](
             x,
             width,
             part.tiles,
@@ -231,7 +235,7 @@ class CudaOps:
             **shared,
         )
         block = 128
-        lora.expand[(part.count, triton.cdiv(out, block))](
+        _low_rank.expand[(part.count, -(-out // block))](
             shrunk,
             y,
             out,
@@ -250,7 +254,7 @@ class CudaOps:
         rows, width = y.shape
         if rows == 0:
             return
-        pointwise.finish_rows[(rows, triton.cdiv(width, _BLOCK))](
+        _pointwise.finish_rows[(rows, -(-width // _BLOCK))](
             y,
             out,
             width,
@@ -294,7 +298,7 @@ class CudaOps:
         out = torch.empty(up.shape, dtype=torch.float32, device=self.device)
         if up.numel() == 0:
             return out
-        pointwise.activate[(triton.cdiv(up.numel(), _BLOCK),)](
+        _pointwise.activate[(-(-up.numel() // _BLOCK),)](
             up if gate is None else gate.contiguous(),
             up,
             out,

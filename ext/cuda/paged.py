@@ -1,12 +1,16 @@
 """Launches of the attention kernels: block shapes, splits of long contexts, scratch memory."""
 
+from typing import Any
+
 import torch
-import triton
 from torch import Tensor
 
 from ext.cuda import attention
 from ext.cuda.plan import BLOCK_KEYS, Blocks, CudaPlan
 from ext.ops import Attention, Norm, Place
+
+# Triton's kernels take what a launch gives them; their signatures say nothing of it.
+_kernels: Any = attention
 
 _NORMS = {"rms": 1, "layer": 2}
 # Rows of a tile of queries: tensor cores want 16 at least, chunks of prompts fill 64.
@@ -24,7 +28,7 @@ def append(q: Tensor, k: Tensor, v: Tensor, how: Attention, at: Place) -> Tensor
     norm, other = how.q_norm, how.k_norm
     rotary = how.rotary
     table = plan.tables[:, at.layer]
-    attention.append[(len(q), heads + 2 * kv_heads)](
+    _kernels.append[(len(q), heads + 2 * kv_heads)](
         q.contiguous(),
         k.contiguous(),
         v.contiguous(),
@@ -44,7 +48,7 @@ def append(q: Tensor, k: Tensor, v: Tensor, how: Attention, at: Place) -> Tensor
         HEADS=heads,
         KV_HEADS=kv_heads,
         DIM=dim,
-        DIM_PAD=triton.next_power_of_2(dim),
+        DIM_PAD=_power_of_2(dim),
         PAGE=at.cache.page,
         HALF=0 if rotary is None else rotary.table.shape[2],
         INTERLEAVED=rotary is not None and rotary.interleaved,
@@ -65,10 +69,10 @@ def attend(q: Tensor, how: Attention, at: Place, programs: int) -> Tensor:
     out = torch.empty_like(q)
     if plan.single_blocks.count:
         spans = plan.spans(programs, kv_heads)
-        padded = max(_FEWEST_ROWS, triton.next_power_of_2(group))
+        padded = max(_FEWEST_ROWS, _power_of_2(group))
         _launch(q, out, how, at, (plan.single_blocks, padded, padded), spans)
     if len(plan.chunks):
-        padded = triton.next_power_of_2(group)
+        padded = _power_of_2(group)
         rows = max(1, _CHUNK_ROWS // padded)
         blocks = plan.chunk_blocks(rows)
         _launch(q, out, how, at, (blocks, padded, max(_FEWEST_ROWS, rows * padded)), 1)
@@ -96,7 +100,7 @@ def _launch(
         maxima, sums = torch.empty(
             (2, spans, len(q), heads), dtype=torch.float32, device=q.device
         ).unbind()
-    attention.attend[(blocks.count, kv_heads, spans)](
+    _kernels.attend[(blocks.count, kv_heads, spans)](
         q,
         cache,
         out,
@@ -114,7 +118,7 @@ def _launch(
         GROUP=heads // kv_heads,
         GROUP_PAD=padded,
         DIM=dim,
-        DIM_PAD=max(16, triton.next_power_of_2(dim)),
+        DIM_PAD=max(16, _power_of_2(dim)),
         PAGE=at.cache.page,
         BLOCK_M=rows,
         BLOCK_N=BLOCK_KEYS,
@@ -122,7 +126,7 @@ def _launch(
         PRECISION="ieee",
     )
     if spans > 1:
-        attention.combine[(len(plan.singles), heads)](
+        _kernels.combine[(len(plan.singles), heads)](
             partial,
             maxima,
             sums,
@@ -132,9 +136,13 @@ def _launch(
             len(q),
             HEADS=heads,
             DIM=dim,
-            DIM_PAD=triton.next_power_of_2(dim),
+            DIM_PAD=_power_of_2(dim),
         )
 
 
 def _bias(norm: Norm | None, stand_in: Tensor) -> Tensor:
     return stand_in if norm is None or norm.bias is None else norm.bias
+
+
+def _power_of_2(least: int) -> int:
+    return 1 << (least - 1).bit_length()
