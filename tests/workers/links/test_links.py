@@ -1,0 +1,147 @@
+"""Links between two processes: every byte arrives, in order, and a peer's end is noticed."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.workers.links.echo import inlet_of, outlet_of, packed, unpacked
+from workers.links.host import HostInlet, HostOutlet
+from workers.links.link import LinkBroken
+from workers.links.slots import Incoming, Outgoing
+
+ROOT = Path(__file__).parents[3]
+SLOTS, SLOT_BYTES = 3, 1 << 16
+KINDS = ["host", pytest.param("ipc", marks=pytest.mark.gpu)]
+
+
+class Peer:
+    """An echoing process and this side's two ends."""
+
+    def __init__(self, kind: str) -> None:
+        self.device = "cuda" if kind == "ipc" else "cpu"
+        self.outlet = outlet_of(kind, SLOTS, SLOT_BYTES)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.workers.links.echo"],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.say(packed(self.outlet.offer))
+        self.inlet = inlet_of(unpacked(self.hear()))
+        self.going, self.coming = Outgoing(SLOTS), Incoming(SLOTS)
+
+    def say(self, message: object) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(message) + "\n")
+        self.process.stdin.flush()
+
+    def hear(self) -> object:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise LinkBroken("the peer is gone")
+        return json.loads(line)
+
+    def send(self, rows: torch.Tensor) -> None:
+        taken = self.going.take()
+        assert taken is not None
+        self.outlet.put(taken[0], rows)
+        self.say([*taken, list(rows.shape)])
+
+    def receive(self) -> torch.Tensor:
+        while True:
+            message = self.hear()
+            if isinstance(message, dict):
+                slot, sequence = message["credit"]
+                self.outlet.credited(slot)
+                self.going.credit(slot, sequence)
+                continue
+            slot, sequence, shape = message
+            self.coming.arrive(slot, sequence)
+            rows = self.inlet.get(slot, tuple(shape), torch.float32).clone()
+            self.inlet.release(slot)
+            self.say({"credit": self.coming.release(slot)})
+            return rows
+
+    def close(self) -> None:
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        self.process.wait(20)
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+
+
+@pytest.fixture(params=KINDS)
+def peer(request: pytest.FixtureRequest) -> Iterator[Peer]:
+    peer = Peer(request.param)
+    yield peer
+    peer.close()
+
+
+def test_a_thousand_round_trips_of_several_at_once(peer: Peer) -> None:
+    torch.manual_seed(0)
+    waiting: list[torch.Tensor] = []
+    for number in range(1000):
+        rows = torch.randn(1 + number % 13, 64, device=peer.device)
+        peer.send(rows)
+        waiting.append(rows)
+        if len(waiting) == SLOTS:
+            assert torch.equal(peer.receive(), waiting.pop(0) + 1)
+    for rows in waiting:
+        assert torch.equal(peer.receive(), rows + 1)
+
+
+def test_ends_may_close_in_any_order_and_twice(peer: Peer) -> None:
+    peer.send(torch.ones(2, 8, device=peer.device))
+    assert torch.equal(peer.receive().cpu(), torch.full((2, 8), 2.0))
+    peer.outlet.close()
+    peer.inlet.close()
+    peer.outlet.close()
+    peer.inlet.close()
+
+
+def test_a_killed_peer_breaks_the_link_and_leaves_nothing(peer: Peer) -> None:
+    peer.send(torch.ones(2, 8, device=peer.device))
+    peer.receive()
+    peer.process.send_signal(signal.SIGKILL)
+    peer.process.wait(20)
+    with pytest.raises(LinkBroken, match="the peer is gone"):
+        peer.receive()
+    assert torch.equal(peer.inlet.get(0, (2, 8), torch.float32).cpu(), torch.full((2, 8), 2.0))
+
+
+def test_rows_larger_than_a_slot_are_refused(peer: Peer) -> None:
+    with pytest.raises(ValueError, match=f"for a slot of {SLOT_BYTES}"):
+        peer.outlet.put(0, torch.ones(SLOT_BYTES, device=peer.device))
+
+
+def test_an_offer_of_a_process_that_ended_is_refused() -> None:
+    outlet = HostOutlet(SLOTS, SLOT_BYTES)
+    offer = outlet.offer
+    outlet.close()
+    with pytest.raises(LinkBroken, match="are gone"):
+        HostInlet(offer)
+
+
+@pytest.mark.gpu
+def test_nccl_sends_to_itself_in_one_group() -> None:
+    from cupy.cuda import nccl
+
+    name = nccl.get_unique_id()
+    communicator = nccl.NcclCommunicator(1, name, 0)
+    rows = torch.arange(1000, dtype=torch.uint8, device="cuda")
+    got = torch.empty_like(rows)
+    stream = torch.cuda.current_stream().cuda_stream
+    nccl.groupStart()
+    communicator.send(rows.data_ptr(), len(rows), nccl.NCCL_UINT8, 0, stream)
+    communicator.recv(got.data_ptr(), len(got), nccl.NCCL_UINT8, 0, stream)
+    nccl.groupEnd()
+    torch.cuda.synchronize()
+    assert torch.equal(rows, got)
