@@ -29,6 +29,7 @@ class Chunk(msgspec.Struct, frozen=True, kw_only=True):
     token_ids: list[int]
     index: int
     fingerprint: str
+    approximation: api.Approximation | None = None
     logprobs: list[api.Logprob] | None = None
     prompt_token_ids: list[int] | None = None
     prompt_logprobs: list[api.Logprob | None] | None = None
@@ -38,7 +39,8 @@ class Chunk(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
-    """A whole answer. `fingerprint` is the digest of the chain of blocks that gave it."""
+    """A whole answer. `fingerprint` is the digest of the chain of blocks that gave it;
+    `approximation` says how that chain was measured where it is not exact."""
 
     text: str
     token_ids: list[int]
@@ -46,6 +48,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage
     fingerprint: str
     prompt_token_ids: list[int]
+    approximation: api.Approximation | None = None
     logprobs: list[api.Logprob] | None = None
     prompt_logprobs: list[api.Logprob | None] | None = None
     stop: str | int | None = None
@@ -82,6 +85,7 @@ class Answer:
             token_ids=reply.token_ids,
             index=reply.index,
             fingerprint="" if self._accepted is None else self._accepted.fingerprint,
+            approximation=self._approximation,
             logprobs=reply.logprobs,
             prompt_token_ids=self._prompt_once(),
             prompt_logprobs=reply.prompt_logprobs,
@@ -93,11 +97,16 @@ class Answer:
             token_ids=[],
             index=reply.index,
             fingerprint=reply.fingerprint,
+            approximation=self._approximation,
             prompt_token_ids=self._prompt_once(),
             finish_reason=reply.reason,
             stop=reply.stop,
             usage=Usage(reply.prompt_tokens, reply.completion_tokens, reply.cached_tokens),
         )
+
+    @property
+    def _approximation(self) -> api.Approximation | None:
+        return None if self._accepted is None else self._accepted.approximation
 
     def _prompt_once(self) -> list[int] | None:
         if not self._first or self._accepted is None:
@@ -119,6 +128,7 @@ def whole(chunks: Iterable[Chunk]) -> Completion:
         finish_reason=last.finish_reason,
         usage=last.usage,
         fingerprint=last.fingerprint,
+        approximation=last.approximation,
         prompt_token_ids=chunks[0].prompt_token_ids or [],
         logprobs=[entry for entries in scored for entry in entries] if scored else None,
         prompt_logprobs=next((c.prompt_logprobs for c in chunks if c.prompt_logprobs), None),

@@ -154,15 +154,30 @@ Request = Submit | Cancel | ListModels | GetStatus | GetMetrics | Tokenize | Det
 # ---- engine -> client ---------------------------------------------------------------------------
 
 
+class Approximation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a chain that is not kept exactly was measured against the exact one, when it was added:
+    `store` is "delta" or "equivalent", `agreement` the share of positions with the same best token
+    (from `agreement_low`, 95 %), `kl` the mean divergence in nats, over `tokens` held-out
+    tokens."""
+
+    store: str
+    agreement: float
+    agreement_low: float
+    kl: float
+    tokens: int
+
+
 class Accepted(
     msgspec.Struct, frozen=True, array_like=True, tag="accepted", forbid_unknown_fields=True
 ):
-    """The request runs or waits its turn. `fingerprint` is the digest of the chain that answers."""
+    """The request runs or waits its turn. `fingerprint` is the digest of the chain that answers,
+    `approximation` is there where that chain is not exact."""
 
     id: int
     model: str
     fingerprint: str
     prompt_token_ids: list[int]
+    approximation: Approximation | None = None
 
 
 class Tokens(
@@ -222,6 +237,7 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fingerprint: str
     residency: str
     has_chat_template: bool
+    approximation: Approximation | None = None
 
 
 class Models(

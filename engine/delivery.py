@@ -6,6 +6,7 @@ Knows text, stop strings and probabilities; knows no worker, no socket and no cl
 from dataclasses import dataclass
 
 from engine import api
+from engine.exactness import approximation_of
 from engine.text import Stream, VariantText
 from workers import wire
 from workers.wire import ChainId
@@ -57,7 +58,10 @@ class Delivery:
 
     def accepted(self) -> api.Accepted:
         """The word that the request runs or waits."""
-        return api.Accepted(self.id, self.ask.model, self.ask.variant.chain, self.ask.prompt)
+        ask = self.ask
+        return api.Accepted(
+            self.id, ask.model, ask.variant.chain, ask.prompt, approximation_of(ask.variant)
+        )
 
     def score(self, first: int, logprobs: tuple[wire.Logprobs, ...]) -> None:
         """Take in probabilities of the prompt's tokens from position `first` on."""

@@ -5,6 +5,7 @@ from typing import Any
 
 from engine import api
 from engine.errors import InvalidRequest, TextError
+from engine.exactness import approximation_of
 from engine.intake import Intake
 from engine.metrics import Metrics
 from engine.sampling import check_ids
@@ -73,6 +74,7 @@ class Queries:
             fingerprint=variant.chain,
             residency=self._cluster.residency(served.chain),
             has_chat_template=self._has_chat_template(variant),
+            approximation=approximation_of(variant),
         )
 
     def _has_chat_template(self, variant: Variant) -> bool:

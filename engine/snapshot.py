@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 
+from engine.exactness import approximation_of
 from engine.gauges import kv_usage
 from engine.state import Cluster, Served, Worker
 from workers import wire
@@ -81,7 +82,10 @@ def _variant(cluster: Cluster, served: Served) -> dict[str, Any]:
         "fingerprint": variant.chain,
         "residency": cluster.residency(served.chain),
         "reason": cluster.failure(served.chain),
+        "store": variant.store,
     }
+    if (approximation := approximation_of(variant)) is not None:
+        shown["approximation"] = msgspec.to_builtins(approximation)
     if loaded is not None:
         shown |= {
             "chain_bytes": loaded.chain_bytes,

@@ -22,6 +22,7 @@ from engine.http.replies import (
     Delta,
     DeltaChoice,
     UsageReply,
+    extras,
 )
 
 
@@ -50,6 +51,7 @@ class Chats:
                 UNSET if first.prompt_logprobs is None else prompt_logprobs(first.prompt_logprobs)
             ),
             prompt_token_ids=first.prompt_token_ids if shows else UNSET,
+            blockllm=extras(first),
         )
 
     async def stream(self, write: Write) -> None:
@@ -57,26 +59,26 @@ class Chats:
         options = self._request.stream_options or bodies.StreamOptions()
         usage = None if options.include_usage else UNSET
         shows = bool(self._request.return_token_ids)
-        fingerprint = ""
+        last: Chunk | None = None
 
         async def take(index: int, chunk: Chunk) -> None:
-            nonlocal fingerprint
-            fingerprint = chunk.fingerprint
+            nonlocal last
+            last = chunk
             counts = self._choices.usage_so_far(index) if options.continuous_usage_stats else usage
             events = b""
             if chunk.prompt_token_ids is not None:
                 opening = DeltaChoice(index=index, delta=Delta("", "assistant"))
                 prompt = chunk.prompt_token_ids if shows else UNSET
-                events = event(self._chunk([opening], fingerprint, counts, prompt))
+                events = event(self._chunk([opening], chunk, counts, prompt))
             choice = self._piece(index, chunk)
             if chunk.text or choice.finish_reason or choice.logprobs or shows:
-                events += event(self._chunk([choice], fingerprint, counts))
+                events += event(self._chunk([choice], chunk, counts))
             if events:
                 await write(events)
 
         await self._choices.follow(take)
         if options.include_usage:
-            await write(event(self._chunk([], fingerprint, self._choices.usage())))
+            await write(event(self._chunk([], last, self._choices.usage())))
         await write(DONE)
 
     def _choice(self, index: int, answer: Completion) -> ChatChoice:
@@ -105,7 +107,7 @@ class Chats:
     def _chunk(
         self,
         choices: list[DeltaChoice],
-        fingerprint: str,
+        piece: Chunk | None,
         usage: UsageReply | UnsetType | None,
         prompt: list[int] | UnsetType = UNSET,
     ) -> ChatChunk:
@@ -113,10 +115,11 @@ class Chats:
             id=self._id,
             created=self._created,
             model=self._request.model,
-            system_fingerprint=fingerprint or None,
+            system_fingerprint=(piece and piece.fingerprint) or None,
             choices=choices,
             usage=usage,
             prompt_token_ids=prompt,
+            blockllm=extras(piece),
         )
 
 

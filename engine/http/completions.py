@@ -19,6 +19,7 @@ from engine.http.replies import (
     CompletionReply,
     PromptLogprob,
     UsageReply,
+    extras,
 )
 
 # OpenAI's default for this endpoint.
@@ -50,26 +51,26 @@ class Completions:
         answers = await self._choices.collect()
         await self._read_prompts()
         choices = [self._choice(index, answer) for index, answer in enumerate(answers)]
-        return self._reply(choices, answers[0].fingerprint, self._choices.usage())
+        return self._reply(choices, answers[0], self._choices.usage())
 
     async def stream(self, write: Write) -> None:
         """Write the answers as events."""
         await self._read_prompts()
         options = self._request.stream_options or bodies.StreamOptions()
         usage = None if options.include_usage else UNSET
-        fingerprint = ""
+        last: Chunk | None = None
 
         async def take(index: int, chunk: Chunk) -> None:
-            nonlocal fingerprint
-            fingerprint = chunk.fingerprint
+            nonlocal last
+            last = chunk
             choice = self._choice(index, chunk)
             counts = self._choices.usage_so_far(index) if options.continuous_usage_stats else usage
             if choice.text or choice.finish_reason or choice.logprobs or self._shows_tokens:
-                await write(event(self._reply([choice], fingerprint, counts)))
+                await write(event(self._reply([choice], chunk, counts)))
 
         await self._choices.follow(take)
         if options.include_usage:
-            await write(event(self._reply([], fingerprint, self._choices.usage())))
+            await write(event(self._reply([], last, self._choices.usage())))
         await write(DONE)
 
     @property
@@ -146,16 +147,17 @@ class Completions:
     def _reply(
         self,
         choices: list[CompletionChoice],
-        fingerprint: str,
+        answer: Chunk | Completion | None,
         usage: UsageReply | UnsetType | None,
     ) -> CompletionReply:
         return CompletionReply(
             id=self._id,
             created=self._created,
             model=self._request.model,
-            system_fingerprint=fingerprint or None,
+            system_fingerprint=(answer and answer.fingerprint) or None,
             choices=choices,
             usage=usage,
+            blockllm=extras(answer),
         )
 
 

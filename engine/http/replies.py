@@ -4,6 +4,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from engine import api
+from engine.answers import Chunk, Completion
 
 Id = str | int
 
@@ -87,6 +88,19 @@ class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
     prompt_token_ids: list[int] | UnsetType = UNSET
 
 
+class ReplyExtras(msgspec.Struct, frozen=True):
+    """What only this engine says of an answer: that the chain which gave it is not exact."""
+
+    approximation: api.Approximation
+
+
+def extras(answer: Chunk | Completion | None) -> ReplyExtras | UnsetType:
+    """Of an answer or a piece of one; nothing where the chain is exact."""
+    if answer is None or answer.approximation is None:
+        return UNSET
+    return ReplyExtras(answer.approximation)
+
+
 class CompletionReply(msgspec.Struct, frozen=True, kw_only=True):
     """Body of an answer to POST /v1/completions; streams send many."""
 
@@ -97,6 +111,7 @@ class CompletionReply(msgspec.Struct, frozen=True, kw_only=True):
     system_fingerprint: str | None
     choices: list[CompletionChoice]
     usage: UsageReply | UnsetType | None = UNSET
+    blockllm: ReplyExtras | UnsetType = UNSET
 
 
 # ---- /v1/chat/completions -----------------------------------------------------------------------
@@ -133,6 +148,7 @@ class ChatReply(msgspec.Struct, frozen=True, kw_only=True):
     usage: UsageReply
     prompt_logprobs: list[dict[str, PromptLogprob] | None] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
+    blockllm: ReplyExtras | UnsetType = UNSET
 
 
 class Delta(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -164,6 +180,7 @@ class ChatChunk(msgspec.Struct, frozen=True, kw_only=True):
     choices: list[DeltaChoice]
     usage: UsageReply | UnsetType | None = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
+    blockllm: ReplyExtras | UnsetType = UNSET
 
 
 # ---- the rest -----------------------------------------------------------------------------------
@@ -185,13 +202,15 @@ class ErrorReply(msgspec.Struct, frozen=True):
 
 
 class ModelExtras(msgspec.Struct, frozen=True):
-    """What only this engine says of a model: `fingerprint` is the digest of its chain."""
+    """What only this engine says of a model: `fingerprint` is the digest of its chain,
+    `approximation` how that was measured where it is not exact."""
 
     fingerprint: str
     residency: str
     kind: str
     family: str
     has_chat_template: bool
+    approximation: api.Approximation | None
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
@@ -243,5 +262,6 @@ def card(model: api.Model) -> ModelCard:
             model.kind,
             model.family,
             model.has_chat_template,
+            model.approximation,
         ),
     )

@@ -15,6 +15,7 @@ import zmq
 from engine import api
 
 FINGERPRINT = "f" * 64
+APPROXIMATION = api.Approximation("delta", 0.97, 0.95, 0.02, 4096)
 CONTEXT = 100
 KEY = "secret"
 
@@ -151,7 +152,8 @@ def _answer(request: api.Submit) -> Iterator[api.Reply]:
     sampling = request.sampling
     if sampling.max_tokens is not None:
         words = words[: sampling.max_tokens]
-    yield api.Accepted(request.id, request.model, FINGERPRINT, ids)
+    approximation = APPROXIMATION if command == "approximate" else None
+    yield api.Accepted(request.id, request.model, FINGERPRINT, ids, approximation)
     for number, word in enumerate(words):
         piece = word if number == 0 else " " + word
         scores = None if sampling.logprobs is None else [_logprob(piece, sampling.logprobs)]

@@ -1,9 +1,10 @@
 """The HTTP process with plain HTTP: every path does what OpenAI's and vLLM's clients expect."""
 
+import msgspec
 import pytest
 
 from engine import api
-from tests.engine.fakeengine import CONTEXT, FINGERPRINT, spell
+from tests.engine.fakeengine import APPROXIMATION, CONTEXT, FINGERPRINT, spell
 from tests.engine.httpserver import Site
 
 
@@ -51,6 +52,19 @@ def test_answers_a_chat(site: Site) -> None:
     submits = site.engine.submits()
     assert [submit.sampling.seed for submit in submits] == [7, 8]
     assert {submit.sampling.max_tokens for submit in submits} == {3}
+
+
+def test_says_when_a_chain_is_not_exact(site: Site) -> None:
+    told = {"approximation": msgspec.to_builtins(APPROXIMATION)}
+    assert site.complete(prompt="approximate it").json()["blockllm"] == told
+    assert site.chat("approximate it").json()["blockllm"] == told
+    assert "blockllm" not in site.complete(prompt="say it").json()
+    for path, asked in (
+        ("/v1/completions", {"prompt": "approximate it"}),
+        ("/v1/chat/completions", {"messages": ask("approximate it")}),
+    ):
+        *pieces, _ = site.events(path, **asked)
+        assert all(piece["blockllm"] == told for piece in pieces)
 
 
 def test_streams_a_completion(site: Site) -> None:
