@@ -17,24 +17,25 @@ from torch import Tensor
 
 from ext import native
 from ext.build import Isa
-from ext.memory import Arena, reserve
-from ext.ops import Activation, Attention, Geometry, Linear, Norm, Patch, Place
-from ext.reference import normalize
+from ext.memory import reserve
+from ext.native import ACTIVATIONS, STORAGE, NormRecord, address
+from ext.ops import (
+    Activation,
+    Attention,
+    Detour,
+    Geometry,
+    Linear,
+    Norm,
+    Patch,
+    Place,
+    RowGain,
+)
+from ext.packing import CpuMatrix, Packing
+from ext.patch import patch_address
 
-_STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
-_BLOCK_ROWS = 8
-
-
-@dataclass(eq=False, slots=True)
-class CpuMatrix:
-    """A packed weight: panels in `memory`, and the record that describes them."""
-
-    out_features: int
-    in_features: int
-    nbytes: int
-    memory: np.ndarray
-    record: native.Record
+_BLOCK_ROWS = 32
+_PAGES = (torch.float32, torch.bfloat16)
+_STORE, _ADD, _GATE = range(3)
 
 
 @dataclass(eq=False, slots=True)
@@ -72,31 +73,18 @@ class CpuOps:
         self.isa = native.choose(isa)
         self.threads = threads or torch.get_num_threads()
         self._native = native.load(self.isa)
-        self._arena = Arena()
-        self._panel = self._native.blockllm_panel()
         self._pool = ctypes.c_void_p(self._native.blockllm_open(self.threads))
         weakref.finalize(self, self._native.blockllm_close, self._pool)
+        self._packing = Packing(self._native, self._pool)
 
     def matrix(self, weight: Tensor, *, transposed: bool = False) -> CpuMatrix:
-        weight = weight.t() if transposed else weight
-        if weight.dtype not in _STORAGE:
-            raise ValueError(f"weights must be float32, float16 or bfloat16, not {weight.dtype}")
-        if weight.numel() == 0:
-            raise ValueError(f"a matrix of {tuple(weight.shape)} has no weights")
-        out, width = weight.shape
-        panels = -(-out // self._panel)
-        nbytes = panels * self._panel * width * weight.element_size()
-        memory = self._arena.take(nbytes)
-        view = (memory.ctypes.data, out, width, _STORAGE[weight.dtype])
-        packing = native.PACKING.pack(*view, weight.data_ptr(), *weight.stride())
-        self._native.blockllm_pack(self._pool, packing)
-        return CpuMatrix(out, width, nbytes, memory, native.Record(native.MATRIX.pack(*view)))
+        return self._packing.matrix(weight.t() if transposed else weight)
 
     def vector(self, weight: Tensor) -> Tensor:
         return weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
     def factor(self, weight: Tensor) -> Tensor:
-        return self.vector(weight)
+        return self._packing.factor(weight)
 
     def rotary(
         self, inverse_frequencies: Sequence[float], factor: float, interleaved: bool, positions: int
@@ -176,8 +164,24 @@ class CpuOps:
     ) -> list[Tensor]:
         rows = len(x)
         outs = [torch.empty(rows, linear.weight.out_features) for linear in linears]
-        self._project(_plain(x), norm, linears, patches, outs, 0)
+        self._project(_plain(x), norm, linears, patches, outs, (_STORE, 0))
         return outs
+
+    def project_gated(
+        self,
+        x: Tensor,
+        norm: Norm | None,
+        linears: Sequence[Linear],
+        patches: Sequence[Patch | None],
+        kind: Activation,
+    ) -> Tensor:
+        gate, up = (linear.weight.out_features for linear in linears)
+        if gate != up:
+            raise ValueError(f"a gate of {gate} outputs for {up}")
+        out = torch.empty(len(x), up)
+        mode = (_GATE, ACTIVATIONS[kind])
+        self._project(_plain(x), norm, linears, patches, (None, out), mode)
+        return out
 
     def accumulate(self, x: Tensor, y: Tensor, linear: Linear, patch: Patch | None) -> None:
         if x.shape != (len(y), linear.weight.out_features):
@@ -185,13 +189,8 @@ class CpuOps:
                 f"{tuple(x.shape)} cannot take {len(y)} x {linear.weight.out_features} results"
             )
         target = _plain(x)
-        self._project(_plain(y), None, (linear,), (patch,), (target,), 1)
-        if target is not x:
-            x.copy_(target)
-
-    def add_norm(self, x: Tensor, y: Tensor, norm: Norm) -> None:
-        # In torch: it passes over the rows once, and few families ask for it.
-        x += normalize(y, norm)
+        self._project(_plain(y), None, (linear,), (patch,), (target,), (_ADD, 0))
+        _give_back(target, x)
 
     def _project(
         self,
@@ -199,31 +198,58 @@ class CpuOps:
         norm: Norm | None,
         linears: Sequence[Linear],
         patches: Sequence[Patch | None],
-        outs: Sequence[Tensor],
-        accumulate: int,
+        outs: Sequence[Tensor | None],
+        mode: tuple[int, int],
     ) -> None:
         rows, width = x.shape
         if rows == 0:
             return
-        fields: list[int | float] = [
-            x.data_ptr(),
-            rows,
-            width,
-            *native.norm_fields(norm, width),
-            accumulate,
-            len(linears),
-        ]
+        norms = NormRecord(norm, width, rows)
+        fields: list[int | float] = [x.data_ptr(), rows, width, *norms.fields, *mode, len(linears)]
         for linear, patch, out in zip(linears, patches, outs, strict=True):
-            matrix, bias = linear.weight, linear.bias
+            matrix: CpuMatrix = linear.weight  # pyright: ignore[reportAssignmentType]
             if matrix.in_features != width:
                 raise ValueError(f"rows of {width} for a layer of {matrix.in_features} inputs")
             fields += (
-                matrix.record.address,  # pyright: ignore[reportAttributeAccessIssue]
-                bias.data_ptr() if bias is not None else 0,
-                out.data_ptr(),
-                native.patch_address(patch),
+                matrix.record.address,
+                native.vector_address(linear.bias, matrix.out_features, "bias"),
+                address(out),
+                patch_address(patch, rows, matrix, self._packing),
             )
         self._native.blockllm_project(self._pool, native.PROJECT[len(linears)].pack(*fields))
+
+    def add_norm(self, x: Tensor, y: Tensor, norm: Norm) -> None:
+        if x.shape != y.shape:
+            raise ValueError(f"{tuple(x.shape)} cannot take {tuple(y.shape)}")
+        target, y = _plain(x), _plain(y)
+        rows, width = x.shape
+        norms = NormRecord(norm, width, rows)
+        call = native.ADD_NORM.pack(target.data_ptr(), y.data_ptr(), rows, width, *norms.fields)
+        self._native.blockllm_add_norm(self._pool, call)
+        _give_back(target, x)
+
+    def scale(self, x: Tensor, gains: Sequence[RowGain]) -> None:
+        rows, width = x.shape
+        native.check_runs(gains, rows)
+        target = _plain(x)
+        parts = [
+            native.GAIN.pack(g.first, g.last, native.vector_address(g.vector, width, "gain"))
+            for g in gains
+        ]
+        head = native.SCALE.pack(target.data_ptr(), width, len(gains))
+        self._native.blockllm_scale(self._pool, head + b"".join(parts))
+        _give_back(target, x)
+
+    def detour(self, x: Tensor, z: Tensor, detours: Sequence[Detour]) -> None:
+        if x.shape != z.shape:
+            raise ValueError(f"{tuple(x.shape)} cannot take what {tuple(z.shape)} give")
+        rows, width = x.shape
+        native.check_runs(detours, rows)
+        target, z = _plain(x), _plain(z)
+        parts = [_detour(d, width) for d in detours]
+        head = native.DETOURS.pack(target.data_ptr(), z.data_ptr(), len(detours))
+        self._native.blockllm_detour(self._pool, head + b"".join(parts))
+        _give_back(target, x)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, how: Attention, at: Place) -> Tensor:
         cache, layer, plan = at.cache, at.layer, at.plan
@@ -235,21 +261,8 @@ class CpuOps:
         if rows == 0:
             return out
         heads = width // dim
-        if (
-            rows != plan.num_rows
-            or not k.shape == v.shape == (rows, kv_heads * dim)
-            or heads % kv_heads
-        ):
-            raise ValueError(
-                f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit"
-                f" {plan.num_rows} rows of {kv_heads} kv heads"
-            )
-        if layer >= plan.num_layers or (
-            rotary is not None and plan.num_positions > len(rotary.table)
-        ):
-            raise ValueError(
-                f"layer {layer} or position {plan.num_positions - 1} lies beyond what was prepared"
-            )
+        _check_attention(q, k, v, how, at)
+        q_norm, k_norm = (NormRecord(norm, dim, rows) for norm in (how.q_norm, how.k_norm))
         self._native.blockllm_attend(
             self._pool,
             native.ATTEND.pack(
@@ -258,6 +271,7 @@ class CpuOps:
                 v.data_ptr(),
                 out.data_ptr(),
                 cache.data.data_ptr(),
+                STORAGE[cache.data.dtype],
                 heads,
                 kv_heads,
                 dim,
@@ -265,8 +279,8 @@ class CpuOps:
                 layer,
                 plan.record.address,
                 rotary.record.address if rotary is not None else 0,
-                *native.norm_fields(how.q_norm, dim),
-                *native.norm_fields(how.k_norm, dim),
+                *q_norm.fields,
+                *k_norm.fields,
                 how.scale,
                 how.window or 0,
             ),
@@ -280,11 +294,11 @@ class CpuOps:
         if gate is not None and gate.shape != up.shape:
             raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} differ")
         record = native.ACTIVATE.pack(
-            gate.data_ptr() if gate is not None else 0,
+            address(gate),
             up.data_ptr(),
             out.data_ptr(),
             up.numel(),
-            _ACTIVATIONS[kind],
+            ACTIVATIONS[kind],
         )
         self._native.blockllm_activate(self._pool, record)
         return out
@@ -322,8 +336,56 @@ def _plain(x: Tensor) -> Tensor:
     return x if x.is_contiguous() else x.contiguous()
 
 
+def _give_back(target: Tensor, x: Tensor) -> None:
+    """Copies results into `x` where `_plain` had to copy it."""
+    if target is not x:
+        x.copy_(target)
+
+
+def _detour(d: Detour, width: int) -> bytes:
+    """One bottleneck of rows of `width`."""
+    down: CpuMatrix = d.down.weight  # pyright: ignore[reportAssignmentType]
+    up: CpuMatrix = d.up.weight  # pyright: ignore[reportAssignmentType]
+    size = down.out_features
+    if (down.in_features, up.in_features, up.out_features) != (width, size, width):
+        raise ValueError(f"a bottleneck of {down.in_features} to {size} for rows of {width}")
+    return native.DETOUR.pack(
+        d.first,
+        d.last,
+        down.record.address,
+        native.vector_address(d.down.bias, size, "bias"),
+        up.record.address,
+        native.vector_address(d.up.bias, width, "bias"),
+        ACTIVATIONS[d.activation],
+        d.scale,
+    )
+
+
 def _selection(logits: Tensor, k: int, ids: Tensor | None, values: Tensor | None) -> bytes:
     if logits.shape[1] == 0:
         raise ValueError("there is nothing to choose from in rows of no logits")
-    targets = (tensor.data_ptr() if tensor is not None else 0 for tensor in (ids, values))
-    return native.SELECT.pack(logits.data_ptr(), *logits.shape, k, *targets)
+    return native.SELECT.pack(logits.data_ptr(), *logits.shape, k, address(ids), address(values))
+
+
+def _check_attention(q: Tensor, k: Tensor, v: Tensor, how: Attention, at: Place) -> None:
+    """Refuse what would make the kernel read or write beyond what it was given."""
+    plan, rotary, pages = at.plan, how.rotary, at.cache.data
+    kv_heads, dim = pages.shape[3:]
+    rows, width = q.shape
+    if (
+        rows != plan.num_rows
+        or not k.shape == v.shape == (rows, kv_heads * dim)
+        or width // dim % kv_heads
+    ):
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit"
+            f" {plan.num_rows} rows of {kv_heads} kv heads"
+        )
+    if pages.dtype not in _PAGES:
+        raise ValueError(f"pages must be float32 or bfloat16, not {pages.dtype}")
+    if at.layer >= plan.num_layers or (
+        rotary is not None and plan.num_positions > len(rotary.table)
+    ):
+        raise ValueError(
+            f"layer {at.layer} or position {plan.num_positions - 1} lies beyond what was prepared"
+        )

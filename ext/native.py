@@ -1,40 +1,66 @@
 """The native CPU library as Python calls it: loading it, and the records its calls take.
 
 The formats mirror ext/cpu/records.h field by field; every field there is 8 bytes wide. Used by
-`ext.cpu` alone.
+`ext.cpu` and `ext.patch`.
 """
 
 import ctypes
 import os
+from collections.abc import Sequence
 from struct import Struct
+from typing import Protocol
+
+import torch
+from torch import Tensor
 
 from ext.build import NO_MACHINE, Isa, Unavailable, library, supported
-from ext.ops import Norm, Patch
+from ext.ops import Norm, NormRows
 
 MATRIX = Struct("Qqqq")
 PACKING = Struct("QqqqQqq")
-PROJECT = tuple(Struct("Qqq qdQQ qq" + "QQQQ" * count) for count in range(9))
+PROJECT = tuple(Struct("Qqq qdQQQq qqq" + "QQQQ" * count) for count in range(9))
 EMBED = Struct("QQQQqqdQ")
 PLAN = Struct("QQQQqqqq")
 ROTARY = Struct("Qqqq")
-ATTEND = Struct("QQQQQ qqqqq QQ qdQQ qdQQ dq")
+ATTEND = Struct("QQQQQq qqqqq QQ qdQQQq qdQQQq dq")
 ACTIVATE = Struct("QQQqq")
+ADD_NORM = Struct("QQqq qdQQQq")
+SCALE = Struct("Qqq")
+GAIN = Struct("qqQ")
+DETOURS = Struct("QQq")
+DETOUR = Struct("qqQQQQqd")
 SELECT = Struct("QqqqQQ")
+PATCH = Struct("qqq")
+SEGMENT = Struct("qqQqQqqqd")
+FINISH = Struct("qqQQ")
+STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "tanh": 4, "none": 5}
 
-_SEGMENT = Struct("qqQQqqd")
-_PATCH = Struct("qq")
+_NORM_RUN = Struct("qqQQ")
 _NORMS = {"rms": 1, "layer": 2}
-_NO_NORM = (0, 0.0, 0, 0)
 _CALLS = (
     "pack",
     "embed",
     "project",
     "attend",
     "activate",
+    "add_norm",
+    "scale",
+    "detour",
     "argmax",
     "top_k",
     "log_sum_exp",
 )
+
+
+class Run(Protocol):
+    """Rows [first, last) of a batch."""
+
+    @property
+    def first(self) -> int: ...
+
+    @property
+    def last(self) -> int: ...
 
 
 class Record:
@@ -81,26 +107,51 @@ def load(isa: Isa) -> ctypes.CDLL:
     return native
 
 
-def norm_fields(norm: Norm | None, width: int) -> tuple[int, float, int, int]:
-    """The fields of a norm of rows of `width`."""
-    if norm is None:
-        return _NO_NORM
-    if norm.weight.shape[0] != width:
-        raise ValueError(f"a norm of {norm.weight.shape[0]} for rows of {width}")
-    bias = norm.bias.data_ptr() if norm.bias is not None else 0
-    return _NORMS[norm.kind], norm.eps, norm.weight.data_ptr(), bias
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor's elements begin; 0 for None."""
+    return tensor.data_ptr() if tensor is not None else 0
 
 
-def patch_address(patch: Patch | None) -> int:
-    """The address of a patch's record, which is made at its first use; 0 where there is none."""
-    if patch is None or not patch.segments:
+def check_runs(runs: Sequence[Run], rows: int) -> None:
+    """Raises ValueError unless runs are sorted, disjoint, not empty and lie within `rows`."""
+    end = 0
+    for run in runs:
+        if not end <= run.first < run.last <= rows:
+            raise ValueError(
+                f"rows {run.first} to {run.last} of {rows} are empty, outside or out of order"
+            )
+        end = run.last
+
+
+def vector_address(vector: Tensor | None, width: int, what: str) -> int:
+    """The address of a resident vector of `width`; 0 for None."""
+    if vector is None:
         return 0
-    if patch.prepared is None:
-        offset, parts = 0, []
-        for s in patch.segments:
-            rank = len(s.a)
-            pointers = (s.a.data_ptr(), s.b.data_ptr())
-            parts.append(_SEGMENT.pack(s.first, s.last, *pointers, rank, offset, s.scale))
-            offset += (s.last - s.first) * rank
-        patch.prepared = Record(_PATCH.pack(len(parts), offset) + b"".join(parts))
-    return patch.prepared.address
+    if vector.dtype is not torch.float32 or vector.shape != (width,) or not vector.is_contiguous():
+        raise ValueError(f"a {what} of {tuple(vector.shape)} {vector.dtype} for rows of {width}")
+    return vector.data_ptr()
+
+
+class NormRecord:
+    """The fields of a norm of `rows` rows of `width`, valid while this lives."""
+
+    __slots__ = ("_runs", "fields")
+
+    def __init__(self, norm: Norm | None, width: int, rows: int) -> None:
+        self._runs = None
+        if norm is None:
+            self.fields = (0, 0.0, 0, 0, 0, 0)
+            return
+        weight = vector_address(norm.weight, width, "norm")
+        bias = vector_address(norm.bias, width, "norm's bias")
+        if norm.rows:
+            check_runs(norm.rows, rows)
+            self._runs = Record(b"".join(_norm_run(run, width) for run in norm.rows))
+        runs = self._runs.address if self._runs is not None else 0
+        self.fields = (_NORMS[norm.kind], norm.eps, weight, bias, runs, len(norm.rows))
+
+
+def _norm_run(run: NormRows, width: int) -> bytes:
+    weight = vector_address(run.weight, width, "norm")
+    bias = vector_address(run.bias, width, "norm's bias")
+    return _NORM_RUN.pack(run.first, run.last, weight, bias)

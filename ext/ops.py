@@ -64,7 +64,7 @@ class Norm:
 @dataclass(frozen=True, slots=True)
 class LoraSegment:
     """Rows [first, last) of the batch get y += scale * (x A^T) B^T. A [rank, in], B [out, rank], as
-    `Ops.factor` made them. Segments of a patch are not empty; several may cover the same rows."""
+    `Ops.factor` made them. Segments are not empty; several of a patch may cover the same rows."""
 
     first: int
     last: int
@@ -149,7 +149,8 @@ class Geometry:
 
 @dataclass(eq=False, slots=True)
 class Cache:
-    """KV pages of one shape: data [pages, 2, page, kv_heads, head_dim] (K is 0, V is 1)."""
+    """KV pages of one shape: data [pages, 2, page, kv_heads, head_dim] (K is 0, V is 1), float32 or
+    bfloat16. What attention reads is what the pages hold: bfloat16 ones round keys and values."""
 
     data: Tensor
     page: int = field(default=16)
@@ -185,8 +186,9 @@ class Place:
 
 
 class Ops(Protocol):
-    """See the module's text. All tensors returned are fresh; only `accumulate`, `add_norm`, `scale` and
-    `detour` write in place. Matrices, rotaries and plans are passed only to the implementation that made them."""
+    """See the module's text. All tensors returned are fresh; only `accumulate`, `add_norm`, `scale`
+    and `detour` write in place. Matrices, factors, rotaries and plans are passed only to the
+    implementation that made them."""
 
     name: str
     device: torch.device
@@ -201,8 +203,9 @@ class Ops(Protocol):
         ...
 
     def factor(self, weight: Tensor) -> Tensor:
-        """Resident form of a low-rank matrix: contiguous, in its stored precision (f32, f16 or
-        bf16); sums over it are float32."""
+        """Resident form of a low-rank matrix, [rank, in] or [out, rank], in its stored precision
+        (f32, f16 or bf16); sums over it are float32. It goes into LoraSegments and nowhere else:
+        an implementation may lay it out anew."""
         ...
 
     def rotary(
@@ -246,6 +249,17 @@ class Ops(Protocol):
         float32 [rows, out_i]."""
         ...
 
+    def project_gated(
+        self,
+        x: Tensor,
+        norm: Norm | None,
+        linears: Sequence[Linear],
+        patches: Sequence[Patch | None],
+        kind: Activation,
+    ) -> Tensor:
+        """act(gate) * up for linears (gate, up), as project and activate would give it."""
+        ...
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, how: Attention, at: Place) -> Tensor:
         """Norm q and k per head where asked, rotate them, write k and v into the pages, then causal
         attention of each row over its sequence's positions (the last `how.window`, if set).
@@ -271,9 +285,10 @@ class Ops(Protocol):
         ...
 
     def scale(self, x: Tensor, gains: Sequence[RowGain]) -> None:
-        """Multiply rows of x [rows, width] in place."""
+        """Multiply rows of x [rows, width] in place; the gains' rows are disjoint."""
         ...
 
     def detour(self, x: Tensor, z: Tensor, detours: Sequence[Detour]) -> None:
-        """Add bottleneck adapters' outputs to rows of x, in place; x and z are [rows, hidden]."""
+        """Add what bottleneck adapters make of z to rows of x, in place; x and z, [rows, hidden],
+        may be one tensor; the detours' rows are disjoint."""
         ...

@@ -66,13 +66,12 @@ class Rotary:
 
 @dataclass(frozen=True, slots=True)
 class TorchPlan:
-    """`positions` [rows]; `pages` [layers, rows] and `offsets` [rows] say where a row's k and v go;
-    `tables` [layers, S, P]; `singles` are the sequences of one row, with their rows."""
+    """`sequences` and `positions` [rows] say where a row stands; `tables` [layers, S, P]; `singles`
+    are the sequences of one row, with their rows."""
 
     geometry: Geometry
+    sequences: Tensor
     positions: Tensor
-    pages: Tensor
-    offsets: Tensor
     tables: Tensor
     singles: Tensor
     single_rows: Tensor
@@ -84,9 +83,8 @@ class TorchOps:
 
     name = "torch"
 
-    def __init__(self, device: str = "cpu", page: int = 16) -> None:
+    def __init__(self, device: str = "cpu") -> None:
         self.device = torch.device(device)
-        self._page = page
 
     def matrix(self, weight: Tensor, *, transposed: bool = False) -> TorchMatrix:
         weight = weight.to(self.device, torch.float32)
@@ -115,7 +113,6 @@ class TorchOps:
         sequence = np.repeat(np.arange(len(counts)), counts)
         rows = np.arange(geometry.num_rows)
         positions = rows - starts[:-1][sequence] + (contexts - counts)[sequence]
-        pages = geometry.tables[sequence, :, positions // self._page].T
         single = np.flatnonzero(counts == 1)
         chunks = tuple(
             (int(i), int(starts[i]), int(starts[i + 1]), int(contexts[i]))
@@ -127,9 +124,8 @@ class TorchOps:
 
         return TorchPlan(
             geometry=geometry,
+            sequences=put(sequence),
             positions=put(positions),
-            pages=put(pages),
-            offsets=put(positions % self._page),
             tables=put(geometry.tables.transpose(1, 0, 2)),
             singles=put(single),
             single_rows=put(starts[:-1][single]),
@@ -163,6 +159,17 @@ class TorchOps:
             x = normalize(x, norm)
         return [self._linear(x, a, b) for a, b in zip(linears, patches, strict=True)]
 
+    def project_gated(
+        self,
+        x: Tensor,
+        norm: Norm | None,
+        linears: Sequence[Linear],
+        patches: Sequence[Patch | None],
+        kind: Activation,
+    ) -> Tensor:
+        gate, up = self.project(x, norm, linears, patches)
+        return self.activate(gate, up, kind)
+
     def _linear(self, x: Tensor, linear: Linear, patch: Patch | None) -> Tensor:
         y = F.linear(x, linear.weight.data)  # type: ignore[attr-defined]
         for s in patch.segments if patch is not None else ():
@@ -186,10 +193,11 @@ class TorchOps:
         k = k if how.k_norm is None else normalize(k, how.k_norm)
         if how.rotary is not None:
             q, k = (rotate(t, how.rotary, plan.positions) for t in (q, k))
-        cache.data[plan.pages[at.layer], 0, plan.offsets] = k
-        cache.data[plan.pages[at.layer], 1, plan.offsets] = v
-        out = torch.empty_like(q)
         table = plan.tables[at.layer]
+        written = table[plan.sequences, plan.positions // cache.page]
+        for part, new in enumerate((k, v)):
+            cache.data[written, part, plan.positions % cache.page] = new.to(cache.data.dtype)
+        out = torch.empty_like(q)
         if len(plan.singles):
             rows = plan.single_rows
             context = plan.positions[rows] + 1
@@ -271,8 +279,8 @@ def rotate(x: Tensor, rotary: Rotary, positions: Tensor) -> Tensor:
 
 
 def _gather(cache: Cache, pages: Tensor) -> Tensor:
-    """Pages [S, P] -> keys and values [S, 2, P * page, kv_heads, dim]."""
-    data = cache.data[pages].transpose(1, 2)
+    """Pages [S, P] -> keys and values [S, 2, P * page, kv_heads, dim], float32."""
+    data = cache.data[pages].transpose(1, 2).float()
     return data.reshape(*data.shape[:2], -1, *data.shape[-2:])
 
 

@@ -11,11 +11,10 @@ from ext.reference import TorchOps
 _log = logging.getLogger(__name__)
 
 
-def select_ops(device: str, wanted: str, threads: int, page: int = 16) -> Ops:
+def select_ops(device: str, wanted: str, threads: int) -> Ops:
     """Kernels for `device` ("cpu" or "cuda:N"): `wanted` "auto", "native" or "torch".
 
-    `page` is the positions of a KV page. "auto" takes the native ones where they run and falls back
-    to torch with a warning.
+    "auto" takes the native ones where they run and falls back to torch with a warning.
     """
     if device == "cpu" and wanted != "torch":
         from ext.build import Unavailable
@@ -27,4 +26,4 @@ def select_ops(device: str, wanted: str, threads: int, page: int = 16) -> Ops:
             if wanted == "native":
                 raise
             _log.warning("native CPU kernels are not used: %s", error)
-    return TorchOps(device, page)
+    return TorchOps(device)

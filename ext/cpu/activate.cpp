@@ -1,20 +1,11 @@
 // act(gate) * up, element by element.
-#include "curves.h"
+#include "activation.h"
 #include "exports.h"
 
 namespace blockllm {
 namespace {
 
 constexpr int64_t kGrain = 8192;  // elements per task: a few microseconds
-
-template <Act kind>
-Vec act(Vec x) {
-  if constexpr (kind == Act::kSilu) return mul(x, sigmoid(x));
-  if constexpr (kind == Act::kGelu) return mul(x, normal_cdf(x));
-  // 1 + tanh(u) = 2 sigmoid(2 u), with u = sqrt(2 / pi) (x + 0.044715 x^3)
-  const Vec cubic = fma(mul(mul(x, x), fill(0.044715f)), x, x);
-  return mul(x, sigmoid(mul(cubic, fill(1.5957691216f))));
-}
 
 template <Act kind>
 void activate_vector(const float* gate, const float* up, float* out) {
@@ -48,13 +39,7 @@ void blockllm_activate(Pool* pool, const ActivateCall* call) {
   pool->run((call->count + kGrain - 1) / kGrain, [&](int64_t task) {
     const int64_t first = task * kGrain;
     const int64_t last = first + kGrain < call->count ? first + kGrain : call->count;
-    switch (call->kind) {
-      case Act::kSilu:
-        return activate_span<Act::kSilu>(*call, first, last);
-      case Act::kGelu:
-        return activate_span<Act::kGelu>(*call, first, last);
-      case Act::kGeluTanh:
-        return activate_span<Act::kGeluTanh>(*call, first, last);
-    }
+    with_act(call->kind,
+             [&](auto kind) { activate_span<decltype(kind)::value>(*call, first, last); });
   });
 }

@@ -11,7 +11,7 @@
 
 #include "exports.h"
 #include "heads.h"
-#include "span.h"
+#include "turned.h"
 
 namespace blockllm {
 namespace {
@@ -26,7 +26,10 @@ struct Reach {
   int64_t span_begin, span_end;  // spans
 };
 
+template <class T>
 struct Attention {
+  using Element = typename T::Element;
+
   const AttendCall& call;
   int64_t group;   // query heads per kv head
   float* queries;  // [rows, heads, dim], ready
@@ -40,10 +43,12 @@ struct Attention {
     return plan.tables +
            (plan.row_sequence[row] * plan.layers + call.layer) * plan.pages_per_sequence;
   }
-  int64_t page_floats() const { return call.page * call.kv_heads * call.dim; }
-  float* key(const int32_t* pages, int64_t position, int64_t head) const {
+  // Elements of the keys of a page: how far behind them their values lie.
+  int64_t page_size() const { return call.page * call.kv_heads * call.dim; }
+  Element* key(const int32_t* pages, int64_t position, int64_t head) const {
     const int64_t slot = position % call.page * call.kv_heads + head;
-    return call.cache + 2 * page_floats() * pages[position / call.page] + slot * call.dim;
+    return static_cast<Element*>(call.cache) + 2 * page_size() * pages[position / call.page] +
+           slot * call.dim;
   }
   Reach reach(int64_t block) const {
     const int32_t* edge = call.plan->block_first + block;
@@ -52,25 +57,29 @@ struct Attention {
   int64_t queries_of(const Reach& r) const { return (r.last - r.first) * group; }
 };
 
-void prepare_row(const Attention& a, int64_t row) {
+template <class T>
+void prepare_row(const Attention<T>& a, int64_t row) {
   const AttendCall& call = a.call;
   const int64_t dim = call.dim, position = a.position(row);
+  const Norm q_norm = norm_of(call.q_norm, row), k_norm = norm_of(call.k_norm, row);
   for (int64_t h = 0; h < call.heads; ++h) {
     float* to = a.queries + (row * call.heads + h) * dim;
-    prepare_head(call.q_norm, call.rotary, position, call.q + (row * call.heads + h) * dim, dim,
-                 to);
+    prepare_head(q_norm, call.rotary, position, call.q + (row * call.heads + h) * dim, dim, to);
     for (int64_t i = 0; i < dim; ++i) to[i] *= static_cast<float>(call.scale);
   }
   const int32_t* pages = a.pages(row);
+  float* ready = scratch<kHead>(dim);
   for (int64_t h = 0; h < call.kv_heads; ++h) {
-    float* key = a.key(pages, position, h);
-    prepare_head(call.k_norm, call.rotary, position, call.k + (row * call.kv_heads + h) * dim, dim,
-                 key);
-    std::copy_n(call.v + (row * call.kv_heads + h) * dim, dim, key + a.page_floats());
+    const int64_t at = (row * call.kv_heads + h) * dim;
+    auto* key = a.key(pages, position, h);
+    prepare_head(k_norm, call.rotary, position, call.k + at, dim, ready);
+    T::write(ready, dim, key);
+    T::write(call.v + at, dim, key + a.page_size());
   }
 }
 
-void prepare_rows(Pool* pool, const Attention& a) {
+template <class T>
+void prepare_rows(Pool* pool, const Attention<T>& a) {
   const int64_t rows = a.call.plan->rows;
   if (rows <= kRowsInline) {
     for (int64_t row = 0; row < rows; ++row) prepare_row(a, row);
@@ -84,15 +93,17 @@ void prepare_rows(Pool* pool, const Attention& a) {
 
 // The partial result of one block, kv head and span. Meanwhile memory of `fetched_heads` heads from
 // this one on is fetched: a task that goes through all heads has its pages read in one sweep.
-void attend_span(const Attention& a, const Reach& reach, int64_t head, int64_t index,
+template <class T>
+void attend_span(const Attention<T>& a, const Reach& reach, int64_t head, int64_t index,
                  int64_t fetched_heads, const Partial& out) {
   const AttendCall& call = a.call;
   const int64_t begin = index * kSpan;
   const int64_t count = std::min(kSpan, a.position(reach.last - 1) + 1 - begin);
   const int32_t* pages = a.pages(reach.first);
-  const float** keys = scratch<kKeys, const float*>(kSpan + 4);
-  for (int64_t i = 0; i < count; ++i) keys[i] = a.key(pages, begin + i, head);
-  for (int64_t i = count; i < count + 4; ++i) keys[i] = keys[count - 1];  // whole tiles of four
+  auto** at = scratch<kKeys, const typename T::Element*>(kSpan + 4);
+  for (int64_t i = 0; i < count; ++i) at[i] = a.key(pages, begin + i, head);
+  for (int64_t i = count; i < count + 4; ++i) at[i] = at[count - 1];  // whole quads
+  const Keys<T> keys{at, count, call.dim, a.page_size()};
   const int64_t queries = a.queries_of(reach);
   const float** query = scratch<kQueryRows, const float*>(queries);
   float* scores = scratch<kScores>(queries * kSpan);
@@ -100,19 +111,23 @@ void attend_span(const Attention& a, const Reach& reach, int64_t head, int64_t i
     const int64_t row = reach.first + i / a.group;
     query[i] = a.queries + (row * call.heads + head * a.group + i % a.group) * call.dim;
   }
-  const Fetch fetch{a.page_floats(),
-                    fetched_heads * call.dim * static_cast<int64_t>(sizeof(float))};
-  score(query, queries, keys, count, call.dim, fetch, scores);
+  const int64_t bytes = fetched_heads * call.dim * sizeof(typename T::Element);
+  if (queries < kQueriesToTurn) {
+    score(query, queries, keys, bytes, scores);
+  } else {
+    score_turned(query, queries, keys, bytes, scores);
+  }
   for (int64_t i = 0; i < queries; ++i) {
     const int64_t row = reach.first + i / a.group;
     const int64_t low = std::max<int64_t>(0, a.lowest(row) - begin);
     const int64_t high = std::min(count, a.position(row) + 1 - begin);
     soften(scores + i * kSpan, low, high, count, out.maximum[i], out.sum[i]);
   }
-  weigh(scores, queries, keys, a.page_floats(), count, call.dim, out.values);
+  weigh(scores, queries, keys, out.values);
 }
 
-void write_out(const Attention& a, const Reach& reach, int64_t head, const Partial& state) {
+template <class T>
+void write_out(const Attention<T>& a, const Reach& reach, int64_t head, const Partial& state) {
   const int64_t dim = a.call.dim;
   for (int64_t i = 0; i < a.queries_of(reach); ++i) {
     const int64_t row = reach.first + i / a.group;
@@ -123,7 +138,8 @@ void write_out(const Attention& a, const Reach& reach, int64_t head, const Parti
 }
 
 // Attends heads [first, last) of one block, span by span.
-void attend_block(const Attention& a, int64_t block, int64_t first, int64_t last) {
+template <class T>
+void attend_block(const Attention<T>& a, int64_t block, int64_t first, int64_t last) {
   const Reach reach = a.reach(block);
   const int64_t queries = a.queries_of(reach), floats = Partial::floats(queries, a.call.dim);
   float* states = scratch<kState>((last - first) * floats);
@@ -141,7 +157,8 @@ void attend_block(const Attention& a, int64_t block, int64_t first, int64_t last
 }
 
 // The same with the spans of every block and head as tasks of their own, merged afterwards.
-void attend_split(Pool* pool, const Attention& a, int64_t spans) {
+template <class T>
+void attend_split(Pool* pool, const Attention<T>& a, int64_t spans) {
   const int64_t heads = a.call.kv_heads, dim = a.call.dim, blocks = a.call.plan->blocks;
   int64_t queries = 0;
   for (int64_t b = 0; b < blocks; ++b) queries = std::max(queries, a.queries_of(a.reach(b)));
@@ -164,17 +181,13 @@ void attend_split(Pool* pool, const Attention& a, int64_t spans) {
   });
 }
 
-}  // namespace
-}  // namespace blockllm
-
-using namespace blockllm;
-
-void blockllm_attend(Pool* pool, const AttendCall* call) {
-  const Plan& plan = *call->plan;
-  const Attention a{*call, call->heads / call->kv_heads,
-                    scratch<kQueries>(plan.rows * call->heads * call->dim)};
+template <class T>
+void attend(Pool* pool, const AttendCall& call) {
+  const Plan& plan = *call.plan;
+  const Attention<T> a{call, call.heads / call.kv_heads,
+                       scratch<kQueries>(plan.rows * call.heads * call.dim)};
   prepare_rows(pool, a);
-  const int64_t heads = call->kv_heads, enough = kTasksPerThread * pool->threads();
+  const int64_t heads = call.kv_heads, enough = kTasksPerThread * pool->threads();
   if (plan.blocks >= enough || pool->threads() == 1)
     return pool->run(plan.blocks, [&](int64_t block) { attend_block(a, block, 0, heads); });
   int64_t spans = 1;
@@ -185,4 +198,13 @@ void blockllm_attend(Pool* pool, const AttendCall* call) {
   if (spans > 1 && plan.blocks * heads < enough) return attend_split(pool, a, spans);
   pool->run(plan.blocks * heads,
             [&](int64_t task) { attend_block(a, task / heads, task % heads, task % heads + 1); });
+}
+
+}  // namespace
+}  // namespace blockllm
+
+using namespace blockllm;
+
+void blockllm_attend(Pool* pool, const AttendCall* call) {
+  call->storage == Storage::kBF16 ? attend<BFloat16>(pool, *call) : attend<Float32>(pool, *call);
 }

@@ -14,6 +14,9 @@ BLOCKLLM_EXPORT void blockllm_embed(blockllm::Pool* pool, const blockllm::EmbedC
 BLOCKLLM_EXPORT void blockllm_project(blockllm::Pool* pool, const blockllm::ProjectCall* call);
 BLOCKLLM_EXPORT void blockllm_attend(blockllm::Pool* pool, const blockllm::AttendCall* call);
 BLOCKLLM_EXPORT void blockllm_activate(blockllm::Pool* pool, const blockllm::ActivateCall* call);
+BLOCKLLM_EXPORT void blockllm_add_norm(blockllm::Pool* pool, const blockllm::AddNormCall* call);
+BLOCKLLM_EXPORT void blockllm_scale(blockllm::Pool* pool, const blockllm::ScaleCall* call);
+BLOCKLLM_EXPORT void blockllm_detour(blockllm::Pool* pool, const blockllm::DetourCall* call);
 BLOCKLLM_EXPORT void blockllm_argmax(blockllm::Pool* pool, const blockllm::SelectCall* call);
 BLOCKLLM_EXPORT void blockllm_top_k(blockllm::Pool* pool, const blockllm::SelectCall* call);
 BLOCKLLM_EXPORT void blockllm_log_sum_exp(blockllm::Pool* pool, const blockllm::SelectCall* call);

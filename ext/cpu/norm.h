@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "records.h"
+#include "runs.h"
 #include "vec.h"
 
 namespace blockllm {
@@ -31,7 +32,18 @@ inline float sum_of_squares(const float* x, int64_t width, float mean) {
   return sum(add(even, odd)) + rest;
 }
 
-// out = norm(x); `out` may be `x`.
+// The norm with the weights of one row of the batch.
+inline Norm norm_of(const Norm& norm, int64_t row) {
+  Norm own = norm;
+  const NormRun* run = run_from(norm.runs, norm.run_count, row);
+  if (holds(run, norm.runs + norm.run_count, row)) {
+    own.weight = run->weight;
+    own.bias = run->bias;
+  }
+  return own;
+}
+
+// out = norm(x), whatever `norm.runs` say; `out` may be `x`.
 inline void normalize(const Norm& norm, const float* x, int64_t width, float* out) {
   if (norm.kind == NormKind::kNone) {
     for (int64_t i = 0; i < width; ++i) out[i] = x[i];

@@ -1,6 +1,9 @@
 // How a weight [out, in] lies in memory: panels of kPanel outputs, each [in][kPanel], the last one
 // padded with zeros. Elements keep their 2 or 4 bytes. bfloat16 panels pair output c with output
 // c + kLanes in one 32-bit word, so that one shift and one mask widen a whole vector each.
+//
+// A storage type reads elements: `widen` those of a panel; `row` (kLanes), `four` and `value` such
+// as lie as they were stored.
 #pragma once
 #include <cstddef>
 #include <cstring>
@@ -22,6 +25,11 @@ struct Float32 {
     low = load(f);
     high = load(f + kLanes);
   }
+  static Vec row(const Element* p) { return load(reinterpret_cast<const float*>(p)); }
+  static __m128 four(const Element* p) { return _mm_loadu_ps(reinterpret_cast<const float*>(p)); }
+  static void write(const float* from, int64_t count, Element* to) {
+    std::memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
+  }
   static float value(Element bits) {
     float f;
     std::memcpy(&f, &bits, sizeof f);
@@ -35,6 +43,20 @@ struct BFloat16 {
   static void widen(const Element* p, Vec& low, Vec& high) {
     bfloat_pairs(reinterpret_cast<const uint32_t*>(p), low, high);
   }
+  static Vec row(const Element* p) { return bfloat_to_float(p); }
+  static __m128 four(const Element* p) {
+    const __m128i halves = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(halves), 16));
+  }
+  // To the nearest, ties to even.
+  static void write(const float* from, int64_t count, Element* to) {
+    for (int64_t i = 0; i < count; ++i) {
+      uint32_t bits;
+      std::memcpy(&bits, from + i, sizeof bits);
+      const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+      to[i] = static_cast<Element>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+    }
+  }
   static float value(Element bits) { return Float32::value(static_cast<uint32_t>(bits) << 16); }
 };
 
@@ -45,6 +67,7 @@ struct Float16 {
     low = half_to_float(p);
     high = half_to_float(p + kLanes);
   }
+  static Vec row(const Element* p) { return half_to_float(p); }
   static float value(Element bits) { return _cvtsh_ss(bits); }
 };
 

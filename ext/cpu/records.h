@@ -7,7 +7,7 @@ namespace blockllm {
 
 enum class Storage : int64_t { kF32 = 0, kBF16 = 1, kF16 = 2 };
 enum class NormKind : int64_t { kNone = 0, kRms = 1, kLayer = 2 };
-enum class Act : int64_t { kSilu = 0, kGelu = 1, kGeluTanh = 2 };
+enum class Act : int64_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3, kTanh = 4, kNone = 5 };
 
 // A packed weight [out, in]; its layout is described in panel.h.
 struct Matrix {
@@ -23,26 +23,47 @@ struct Packing {
   int64_t out_stride, in_stride;
 };
 
-struct Norm {
-  NormKind kind;
-  double eps;
+// Rows [first, last) take these weights.
+struct NormRun {
+  int64_t first, last;
   const float* weight;
   const float* bias;  // null: none
 };
 
+struct Norm {
+  NormKind kind;
+  double eps;
+  const float* weight;
+  const float* bias;    // null: none
+  const NormRun* runs;  // `run_count` of them, sorted and disjoint: other weights for some rows
+  int64_t run_count;
+};
+
 // Rows [first, last) get y += scale * (x A^T) B^T; `offset` is the segment's place in the buffer
-// of shrunk rows (floats), where row r lies at offset + (r - first) * rank.
+// of shrunk rows (floats), see lora.h.
 struct Segment {
   int64_t first, last;
-  const float* a;  // [rank, in]
-  const float* b;  // [out, rank]
+  const void* a;  // [rank, in]
+  Storage a_storage;
+  const void* b;  // [out, rank] in panels
+  Storage b_storage;
   int64_t rank, offset;
   double scale;
 };
 
+// Rows [first, last) end in y = gain * y + bias.
+struct Finish {
+  int64_t first, last;
+  const float* gain;  // null: none
+  const float* bias;  // null: the linear's own
+};
+
+// `count` segments follow, then `finish_count` finishes, which are sorted and disjoint.
 struct Patch {
-  int64_t count, shrunk_floats;
-  Segment segments[1];  // `count` of them follow
+  int64_t count, finish_count, shrunk_floats;
+
+  const Segment* segments() const { return reinterpret_cast<const Segment*>(this + 1); }
+  const Finish* finishes() const { return reinterpret_cast<const Finish*>(segments() + count); }
 };
 
 struct LinearCall {
@@ -52,11 +73,16 @@ struct LinearCall {
   const Patch* patch;  // null: none
 };
 
+// What becomes of the results: out = y; out += y; or, of two linears, gate and up, of which only up
+// has an `out`: out = act(gate) * up.
+enum class Mode : int64_t { kStore = 0, kAdd = 1, kGate = 2 };
+
 struct ProjectCall {
   const float* x;  // [rows, width]
   int64_t rows, width;
   Norm norm;
-  int64_t accumulate;  // 1: out += ..., 0: out = ...
+  Mode mode;
+  Act gate;
   int64_t count;
   LinearCall linears[1];  // `count` of them follow
 };
@@ -90,7 +116,8 @@ struct Rotary {
 struct AttendCall {
   const float *q, *k, *v;  // [rows, heads * dim], [rows, kv_heads * dim] twice
   float* out;              // [rows, heads * dim]
-  float* cache;            // [pages, 2, page, kv_heads, dim]
+  void* cache;             // [pages, 2, page, kv_heads, dim]
+  Storage storage;         // of the cache: kF32 or kBF16
   int64_t heads, kv_heads, dim, page, layer;
   const Plan* plan;
   const Rotary* rotary;  // null: none
@@ -105,6 +132,44 @@ struct ActivateCall {
   float* out;
   int64_t count;
   Act kind;
+};
+
+// x += norm(y)
+struct AddNormCall {
+  float* x;        // [rows, width]
+  const float* y;  // [rows, width]
+  int64_t rows, width;
+  Norm norm;
+};
+
+// Rows [first, last) are multiplied by `vector`.
+struct Gain {
+  int64_t first, last;
+  const float* vector;  // [width]
+};
+
+struct ScaleCall {
+  float* x;  // [rows, width]
+  int64_t width, count;
+  Gain gains[1];  // `count` of them follow
+};
+
+// Rows [first, last) get x += scale * up(act(down(z))).
+struct Detour {
+  int64_t first, last;
+  const Matrix* down;
+  const float* down_bias;  // null: none
+  const Matrix* up;
+  const float* up_bias;  // null: none
+  Act kind;
+  double scale;
+};
+
+struct DetourCall {
+  float* x;        // [rows, out of up]
+  const float* z;  // [rows, in of down]; may be x
+  int64_t count;
+  Detour detours[1];  // `count` of them follow, with disjoint rows
 };
 
 struct SelectCall {

@@ -8,7 +8,6 @@ namespace blockllm {
 
 enum Use {
   // tiles of a projection
-  kTurned,
   kSums,
   kWidened,
   // rows of a projection
@@ -17,10 +16,16 @@ enum Use {
   kShrunk,
   kShrunkStarts,
   kShrinkTasks,
+  // bottlenecks
+  kDetourRows,
+  kDetourSums,
+  kInner,
   // attention
   kQueries,
   kQueryRows,
   kKeys,
+  kHead,
+  kTurned,
   kScores,
   kPartial,
   kState,

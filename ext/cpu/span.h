@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "curves.h"
+#include "panel.h"
 #include "scratch.h"
 
 namespace blockllm {
@@ -25,56 +26,63 @@ struct Partial {
   static int64_t floats(int64_t queries, int64_t dim) { return queries * (dim + 2); }
 };
 
-// Scores of Q queries at four positions.
-template <int Q>
-void score_tile(const float* const* query, const float* const* keys, int64_t dim, float* scores) {
-  Vec total[Q][4];
-  for (int q = 0; q < Q; ++q)
-    for (int j = 0; j < 4; ++j) total[q][j] = zero();
-  int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) {
-    Vec x[Q];
-    for (int q = 0; q < Q; ++q) x[q] = load(query[q] + d);
-    for (int j = 0; j < 4; ++j) {
-      const Vec key = load(keys[j] + d);
-      for (int q = 0; q < Q; ++q) total[q][j] = fma(x[q], key, total[q][j]);
-    }
-  }
-  for (int q = 0; q < Q; ++q) {
-    _mm_storeu_ps(scores + q * kSpan, sums(total[q][0], total[q][1], total[q][2], total[q][3]));
-    for (int64_t t = d; t < dim; ++t)
-      for (int j = 0; j < 4; ++j) scores[q * kSpan + j] += query[q][t] * keys[j][t];
-  }
-}
+// Where the keys of a span lie, and their values, `value_offset` elements behind them.
+template <class T>
+struct Keys {
+  const typename T::Element* const* at;  // readable for whole quads of positions
+  int64_t count, dim, value_offset;
+};
 
-// What to bring into the caches ahead of its use: `bytes` from each key on, and from its value,
-// which lies `value_offset` floats behind it. Pages lie apart, so the hardware alone foresees
-// little of it.
-struct Fetch {
-  int64_t value_offset, bytes;
+// Brings into the caches `bytes` from each key on, and from its value, ahead of their use. Pages
+// lie apart, so the hardware alone foresees little of it.
+constexpr int64_t kFetchAhead = 8;  // positions
 
-  void operator()(const float* key) const {
-    const char* k = reinterpret_cast<const char*>(key);
-    const char* v = reinterpret_cast<const char*>(key + value_offset);
+template <class T>
+void fetch(const Keys<T>& keys, int64_t first, int64_t last, int64_t bytes) {
+  for (int64_t j = first; j < last && j < keys.count; ++j) {
+    const char* k = reinterpret_cast<const char*>(keys.at[j]);
+    const char* v = reinterpret_cast<const char*>(keys.at[j] + keys.value_offset);
     for (int64_t at = 0; at < bytes; at += 64) {
       _mm_prefetch(k + at, _MM_HINT_T0);
       _mm_prefetch(v + at, _MM_HINT_T1);
     }
   }
-};
+}
 
-constexpr int64_t kFetchAhead = 8;  // positions
+// Scores of Q queries at four positions.
+template <class T, int Q>
+void score_tile(const float* const* query, const Keys<T>& keys, int64_t first, float* scores) {
+  const auto* const* at = keys.at + first;
+  Vec total[Q][4];
+  for (int q = 0; q < Q; ++q)
+    for (int j = 0; j < 4; ++j) total[q][j] = zero();
+  int64_t d = 0;
+  for (; d + kLanes <= keys.dim; d += kLanes) {
+    Vec x[Q];
+    for (int q = 0; q < Q; ++q) x[q] = load(query[q] + d);
+    for (int j = 0; j < 4; ++j) {
+      const Vec key = T::row(at[j] + d);
+      for (int q = 0; q < Q; ++q) total[q][j] = fma(x[q], key, total[q][j]);
+    }
+  }
+  for (int q = 0; q < Q; ++q) {
+    float* to = scores + q * kSpan + first;
+    _mm_storeu_ps(to, sums(total[q][0], total[q][1], total[q][2], total[q][3]));
+    for (int64_t t = d; t < keys.dim; ++t)
+      for (int j = 0; j < 4; ++j) to[j] += query[q][t] * T::value(at[j][t]);
+  }
+}
 
-// scores[i][j] = <query i, key j>; `keys` is readable for whole tiles of four.
-inline void score(const float* const* query, int64_t queries, const float* const* keys,
-                  int64_t count, int64_t dim, const Fetch& fetch, float* scores) {
-  for (int64_t j = 0; j < count && j < kFetchAhead; ++j) fetch(keys[j]);
-  for (int64_t j = 0; j < count; j += 4) {
-    for (int64_t t = j + kFetchAhead; t < j + kFetchAhead + 4 && t < count; ++t) fetch(keys[t]);
+// scores[i][j] = <query i, key j>
+template <class T>
+void score(const float* const* query, int64_t queries, const Keys<T>& keys, int64_t fetched,
+           float* scores) {
+  fetch(keys, 0, kFetchAhead, fetched);
+  for (int64_t j = 0; j < keys.count; j += 4) {
+    fetch(keys, j + kFetchAhead, j + kFetchAhead + 4, fetched);
     int64_t i = 0;
-    for (; i + 3 <= queries; i += 3)
-      score_tile<3>(query + i, keys + j, dim, scores + i * kSpan + j);
-    for (; i < queries; ++i) score_tile<1>(query + i, keys + j, dim, scores + i * kSpan + j);
+    for (; i + 3 <= queries; i += 3) score_tile<T, 3>(query + i, keys, j, scores + i * kSpan);
+    for (; i < queries; ++i) score_tile<T, 1>(query + i, keys, j, scores + i * kSpan);
   }
 }
 
@@ -99,51 +107,51 @@ inline void soften(float* scores, int64_t low, int64_t high, int64_t count, floa
   total = sum(all);
 }
 
-// values[q][0 .. D vectors) = sum over positions of weight times value.
-template <int Q, int D>
-void weigh_tile(const float* weights, const float* const* values, int64_t offset, int64_t count,
-                float* out, int64_t dim) {
+// values[q][0 .. D vectors) = sum over positions of weight times value, from element `d` on.
+template <class T, int Q, int D>
+void weigh_tile(const float* weights, const Keys<T>& keys, int64_t d, float* out) {
   Vec total[Q][D];
   for (int q = 0; q < Q; ++q)
-    for (int d = 0; d < D; ++d) total[q][d] = zero();
-  for (int64_t j = 0; j < count; ++j) {
-    const float* value = values[j] + offset;
+    for (int i = 0; i < D; ++i) total[q][i] = zero();
+  for (int64_t j = 0; j < keys.count; ++j) {
+    const auto* value = keys.at[j] + keys.value_offset + d;
     Vec x[D];
-    for (int d = 0; d < D; ++d) x[d] = load(value + d * kLanes);
+    for (int i = 0; i < D; ++i) x[i] = T::row(value + i * kLanes);
     for (int q = 0; q < Q; ++q) {
       const Vec weight = fill(weights[q * kSpan + j]);
-      for (int d = 0; d < D; ++d) total[q][d] = fma(weight, x[d], total[q][d]);
+      for (int i = 0; i < D; ++i) total[q][i] = fma(weight, x[i], total[q][i]);
     }
   }
   for (int q = 0; q < Q; ++q)
-    for (int d = 0; d < D; ++d) store(out + q * dim + d * kLanes, total[q][d]);
+    for (int i = 0; i < D; ++i) store(out + q * keys.dim + d + i * kLanes, total[q][i]);
 }
 
-template <int Q>
-void weigh_queries(const float* weights, const float* const* keys, int64_t offset, int64_t count,
-                   int64_t dim, float* out) {
+template <class T, int Q>
+void weigh_queries(const float* weights, const Keys<T>& keys, float* out) {
+  constexpr int kWide = kLanes == 8 && Q > 3 ? 2 : 4;  // as many sums as registers hold
   int64_t d = 0;
-  for (; d + 4 * kLanes <= dim; d += 4 * kLanes)
-    weigh_tile<Q, 4>(weights, keys, offset + d, count, out + d, dim);
-  for (; d + kLanes <= dim; d += kLanes)
-    weigh_tile<Q, 1>(weights, keys, offset + d, count, out + d, dim);
-  for (; d < dim; ++d) {
+  for (; d + kWide * kLanes <= keys.dim; d += kWide * kLanes)
+    weigh_tile<T, Q, kWide>(weights, keys, d, out);
+  for (; d + kLanes <= keys.dim; d += kLanes) weigh_tile<T, Q, 1>(weights, keys, d, out);
+  for (; d < keys.dim; ++d) {
     for (int q = 0; q < Q; ++q) {
       float total = 0;
-      for (int64_t j = 0; j < count; ++j) total += weights[q * kSpan + j] * keys[j][offset + d];
-      out[q * dim + d] = total;
+      for (int64_t j = 0; j < keys.count; ++j)
+        total += weights[q * kSpan + j] * T::value(keys.at[j][keys.value_offset + d]);
+      out[q * keys.dim + d] = total;
     }
   }
 }
 
-// Values lie `offset` floats behind their keys; out [queries, dim].
-inline void weigh(const float* weights, int64_t queries, const float* const* keys, int64_t offset,
-                  int64_t count, int64_t dim, float* out) {
+// out [queries, dim]: the values weighted.
+template <class T>
+void weigh(const float* weights, int64_t queries, const Keys<T>& keys, float* out) {
   int64_t i = 0;
+  for (; i + 6 <= queries; i += 6)
+    weigh_queries<T, 6>(weights + i * kSpan, keys, out + i * keys.dim);
   for (; i + 3 <= queries; i += 3)
-    weigh_queries<3>(weights + i * kSpan, keys, offset, count, dim, out + i * dim);
-  for (; i < queries; ++i)
-    weigh_queries<1>(weights + i * kSpan, keys, offset, count, dim, out + i * dim);
+    weigh_queries<T, 3>(weights + i * kSpan, keys, out + i * keys.dim);
+  for (; i < queries; ++i) weigh_queries<T, 1>(weights + i * kSpan, keys, out + i * keys.dim);
 }
 
 // Folds the next span into the state of those before it. A span that a query does not see leaves

@@ -91,6 +91,13 @@ void multiply_tile(const TileCall<typename T::Element>& c) {
 // multiply-add (two per cycle, four cycles: eight).
 constexpr int panels_per_tile(int64_t rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 
+// The panels of the next tile, where `left` remain: 4, 2 or 1.
+inline int64_t tile_panels(int64_t rows, int64_t left) {
+  int64_t panels = panels_per_tile(rows);
+  while (panels > left) panels /= 2;
+  return panels;
+}
+
 template <class T>
 using TileFunction = void (*)(const TileCall<typename T::Element>&);
 

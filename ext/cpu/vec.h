@@ -39,6 +39,10 @@ inline Vec scale_pow2(Vec x, Vec n) { return _mm512_scalef_ps(x, n); }
 inline Vec half_to_float(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
+inline Vec bfloat_to_float(const uint16_t* p) {
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
 // kLanes words, each of two bfloat16: the low halves and the high halves as floats.
 inline void bfloat_pairs(const uint32_t* p, Vec& low, Vec& high) {
   const __m512i words = _mm512_loadu_si512(p);
@@ -86,6 +90,10 @@ inline Vec scale_pow2(Vec x, Vec n) {
 }
 inline Vec half_to_float(const uint16_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Vec bfloat_to_float(const uint16_t* p) {
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
 }
 inline void bfloat_pairs(const uint32_t* p, Vec& low, Vec& high) {
   const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));

@@ -150,6 +150,17 @@ class CudaOps:
             outs.append(y)
         return outs
 
+    def project_gated(
+        self,
+        x: Tensor,
+        norm: Norm | None,
+        linears: Sequence[Linear],
+        patches: Sequence[Patch | None],
+        kind: Activation,
+    ) -> Tensor:
+        gate, up = self.project(x, norm, linears, patches)
+        return self.activate(gate, up, kind)
+
     def accumulate(self, x: Tensor, y: Tensor, linear: Linear, patch: Patch | None) -> None:
         z = self._multiply(y, linear, patch)
         slots = self._prepared(patch, len(x)).slots if patch is not None else None

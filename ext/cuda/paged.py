@@ -126,18 +126,24 @@ def _launch(
         PRECISION="ieee",
     )
     if spans > 1:
-        _kernels.combine[(len(plan.singles), heads)](
-            partial,
-            maxima,
-            sums,
-            out,
-            plan.singles,
-            spans,
-            len(q),
-            HEADS=heads,
-            DIM=dim,
-            DIM_PAD=_power_of_2(dim),
-        )
+        _combine((partial, maxima, sums), out, plan, spans, dim)
+
+
+def _combine(
+    parts: tuple[Tensor, Tensor, Tensor], out: Tensor, plan: CudaPlan, spans: int, dim: int
+) -> None:
+    """Put the spans of single rows together."""
+    heads = out.shape[1] // dim
+    _kernels.combine[(len(plan.singles), heads)](
+        *parts,
+        out,
+        plan.singles,
+        spans,
+        len(out),
+        HEADS=heads,
+        DIM=dim,
+        DIM_PAD=_power_of_2(dim),
+    )
 
 
 def _bias(norm: Norm | None, stand_in: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Native attention over pages against plain torch; bounds as in test_cpu_linear."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ext.build import supported
 from ext.cpu import CpuOps
-from ext.ops import Attention, Cache, Geometry, Norm, Place
+from ext.ops import Attention, Cache, Geometry, Norm, NormRows, Place
 from ext.reference import TorchOps
 
 pytestmark = pytest.mark.skipif(not supported(), reason="needs AVX2, FMA and F16C")
@@ -71,7 +71,7 @@ def assert_attends(
     k, v = torch.randn(2, rows, shape.kv_heads * shape.dim)
     cache = filled_cache(place, shape)
     results = []
-    for which in (TorchOps(page=shape.page), ops):
+    for which in (REFERENCE, ops):
         turn = None
         if rotary is not None:
             turn = which.rotary(
@@ -139,27 +139,84 @@ def test_normalizes_heads(ops: CpuOps, kind: str) -> None:
     assert_attends(ops, [1, 9], [40, 30], Shape(4, 2, 24), norms=(None, norms[1]))
 
 
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_normalizes_heads_of_some_rows_with_their_own_weights(ops: CpuOps, kind: str) -> None:
+    def own(first: int, last: int) -> NormRows:
+        return NormRows(first, last, torch.rand(24) + 0.5, torch.randn(24) if last > 5 else None)
+
+    weight, bias = torch.rand(24) + 0.5, torch.randn(24) if kind == "layer" else None
+    norms = [
+        Norm(kind, 1e-6, weight, bias, tuple(own(*run) for run in rows))  # type: ignore[arg-type]
+        for rows in (((0, 2), (2, 3), (7, 10)), ((4, 9),))
+    ]
+    if kind == "rms":
+        norms = [replace(n, rows=tuple(replace(row, bias=None) for row in n.rows)) for n in norms]
+    assert_attends(
+        ops, [1, 9], [40, 30], Shape(4, 2, 24), norms=(norms[0], norms[1]), rotary=(12, False)
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_reads_and_writes_half_wide_pages(ops: CpuOps, shape: Shape) -> None:
+    place = geometry([1, 5, 130, 1, 64], [400, 5, 130, 17, 300], shape)
+    q = torch.randn(place.num_rows, shape.heads * shape.dim)
+    k, v = torch.randn(2, place.num_rows, shape.kv_heads * shape.dim).bfloat16().float()
+    data = filled_cache(place, shape).data.bfloat16()
+    results = []
+    for which in (REFERENCE, ops):
+        own = Cache(data.clone(), shape.page)
+        out = which.attend(q, k, v, Attention(0.3), Place(own, 1, which.plan(place)))
+        results.append((out, own.data))
+    (expected, expected_pages), (got, pages) = results
+    assert torch.equal(pages.nan_to_num(9.0), expected_pages.nan_to_num(9.0))
+    bound = BOUND * expected.norm(dim=1).clamp(min=0.1 * shape.dim**0.5)
+    assert torch.all((got - expected).norm(dim=1) <= bound)
+
+
+def test_rounds_to_half_wide_pages_as_torch_does(ops: CpuOps) -> None:
+    place = geometry([1], [1], Shape(1, 1, 4096, layers=1))
+    bits = torch.randint(-(2**31), 2**31, (4096,), dtype=torch.int64).to(torch.int32)
+    ties = torch.tensor([0x3F808000, 0x3F818000, 0x7F7FFFFF, 0x7F800000, 0x7F800001, -1, 1])
+    bits[: len(ties)] = ties.to(torch.int32)
+    v = bits.view(torch.float32)[None]
+    cache = Cache(torch.zeros(place.tables.size, 2, 16, 1, 4096, dtype=torch.bfloat16))
+    ops.attend(v.clone().zero_(), v, v, Attention(1.0), Place(cache, 0, ops.plan(place)))
+    written = cache.data[int(place.tables[0, 0, 0]), 1, 0, 0]
+    assert torch.equal(written.nan_to_num(9.0), v[0].bfloat16().nan_to_num(9.0))
+    with pytest.raises(ValueError, match=r"pages must be float32 or bfloat16, not torch\.float16"):
+        ops.attend(v, v, v, Attention(1.0), Place(Cache(cache.data.half()), 0, ops.plan(place)))
+
+
 def attend(
     ops: CpuOps, qkv: list[Tensor], place: Geometry, cache: Cache, window: int | None
 ) -> Tensor:
     return ops.attend(*qkv, Attention(0.2, window=window), Place(cache, 0, ops.plan(place)))
 
 
-def pages(ops: CpuOps, count: int, page: int, kv_heads: int, dim: int) -> Cache:
+def pages(
+    ops: CpuOps,
+    count: int,
+    page: int,
+    kv_heads: int,
+    dim: int,
+    dtype: torch.dtype = torch.float32,
+) -> Cache:
     """KV pages in memory of the kernels' own."""
-    size = 4 * count * 2 * page * kv_heads * dim
-    data = ops.memory(size).view(torch.float32).view(count, 2, page, kv_heads, dim)
+    size = dtype.itemsize * count * 2 * page * kv_heads * dim
+    data = ops.memory(size).view(dtype).view(count, 2, page, kv_heads, dim)
     return Cache(data, page)
 
 
-@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize(
+    ("window", "dtype"), [(None, torch.float32), (50, torch.float32), (None, torch.bfloat16)]
+)
 def test_a_row_has_the_same_bits_in_prefill_decode_and_any_batch(
-    ops: CpuOps, window: int | None
+    ops: CpuOps, window: int | None, dtype: torch.dtype
 ) -> None:
     shape = Shape(6, 2, 40, layers=1)
     place = geometry([300, 300, 300], [300, 300, 300], shape)
     qkv = [torch.randn(900, heads * 40) for heads in (6, 2, 2)]
-    cache = pages(ops, place.tables.size, 16, 2, 40)
+    cache = pages(ops, place.tables.size, 16, 2, 40, dtype)
     whole = attend(ops, qkv, place, cache, window)
     alone = CpuOps(threads=1, isa=ops.isa)
     for row in (0, 7, 8, 127, 128, 200, 299):

@@ -101,7 +101,7 @@ def assert_attends(
     ops._programs = programs
     outs: list[Tensor] = []
     pages: list[Tensor] = []
-    for which in (TorchOps(DEVICE, shape.page), ops):
+    for which in (REFERENCE, ops):
         turn = None
         if rotary is not None:
             frequencies = [10000 ** (-i / rotary[0]) for i in range(rotary[0])]

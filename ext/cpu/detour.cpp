@@ -1,0 +1,81 @@
+// Bottleneck adapters: x += scale * up(act(down(z))) for the rows that have one.
+//
+// A task takes one group of an adapter's rows through both matrices, so that however many adapters
+// a batch has, it is one job.
+#include "activation.h"
+#include "chunk.h"
+#include "exports.h"
+#include "scratch.h"
+#include "tile.h"
+
+namespace blockllm {
+namespace {
+
+// sums[panel][row][kPanel] = packed rows times the matrix, plus bias.
+void transform(const Matrix& m, const float* bias, const float* packed, int64_t rows, float* sums) {
+  const int64_t panels = panels_of(m.out), stride = m.in * kPanel;
+  with_storage(m.storage, [&](auto type) {
+    using T = decltype(type);
+    const auto* weights = static_cast<const typename T::Element*>(m.data);
+    for (int64_t i = 0; i < panels;) {
+      const int64_t wide = tile_panels(rows, panels - i);
+      const Stream soon{reinterpret_cast<const char*>(weights + i * stride) + kAhead,
+                        kPanel * static_cast<int64_t>(sizeof(typename T::Element))};
+      tile_for<T>(rows, wide)({packed, weights + i * stride, stride, m.in,
+                               sums + i * rows * kPanel, rows * kPanel, true, soon,
+                               Stream{soon.at, 0}});
+      i += wide;
+    }
+  });
+  for (int64_t c = 0; bias != nullptr && c < m.out; ++c)
+    for (int64_t r = 0; r < rows; ++r)
+      sums[(c / kPanel * rows + r) * kPanel + c % kPanel] += bias[c];
+}
+
+// The sums of a small matrix, activated, as the packed rows of the next.
+void activate_inner(Act kind, int64_t width, int64_t rows, float* sums, float* packed) {
+  with_act(kind, [&](auto act_kind) {
+    for (int64_t i = 0; i < panels_of(width) * rows * kPanel; i += kLanes)
+      store(sums + i, act<decltype(act_kind)::value>(load(sums + i)));
+  });
+  for (int64_t c = 0; c < width; ++c)
+    for (int64_t r = 0; r < rows; ++r)
+      packed[c * rows + r] = sums[(c / kPanel * rows + r) * kPanel + c % kPanel];
+}
+
+void run_group(const DetourCall& call, const Detour& d, const Rows& group) {
+  const int64_t rows = group.count, inner = d.down->out, width = d.up->out;
+  float* packed = scratch<kDetourRows>(rows * d.down->in);
+  pack_group(call.z + group.first * d.down->in, d.down->in, rows, packed);
+  float* sums = scratch<kDetourSums>(rows * kPanel * std::max(panels_of(inner), panels_of(width)));
+  transform(*d.down, d.down_bias, packed, rows, sums);
+  float* small = scratch<kInner>(rows * inner);
+  activate_inner(d.kind, inner, rows, sums, small);
+  transform(*d.up, d.up_bias, small, rows, sums);
+  const auto scale = static_cast<float>(d.scale);
+  for (int64_t r = 0; r < rows; ++r) {
+    float* x = call.x + (group.first + r) * width;
+    for (int64_t c = 0; c < width; ++c)
+      x[c] += scale * sums[(c / kPanel * rows + r) * kPanel + c % kPanel];
+  }
+}
+
+}  // namespace
+}  // namespace blockllm
+
+using namespace blockllm;
+
+void blockllm_detour(Pool* pool, const DetourCall* call) {
+  const auto groups = [&](int64_t i) {
+    return groups_of(call->detours[i].last - call->detours[i].first);
+  };
+  int64_t tasks = 0;
+  for (int64_t i = 0; i < call->count; ++i) tasks += groups(i);
+  pool->run(tasks, [&](int64_t task) {
+    int64_t i = 0;
+    for (; task >= groups(i); ++i) task -= groups(i);
+    const Detour& d = call->detours[i];
+    const Rows group = part(d.last - d.first, groups(i), task);
+    run_group(*call, d, {d.first + group.first, group.count});
+  });
+}

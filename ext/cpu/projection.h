@@ -1,0 +1,162 @@
+// A projection under way: the call, how its rows and panels are shared out, and the products of one
+// task.
+#pragma once
+#include "lora.h"
+#include "runs.h"
+#include "scratch.h"
+
+namespace blockllm {
+
+// Inputs per pass: so that a panel's run stays in the first-level cache.
+constexpr int64_t kRun = 256;
+// Rows per task, and up to how many are not divided.
+constexpr int64_t kChunk = 48;
+constexpr int64_t kOneChunk = 96;
+// Groups of rows from which widening a panel's run once pays; wide registers do it on the way.
+constexpr int64_t kGroupsToWiden = kLanes == 8 ? 3 : INT64_MAX;
+
+struct Projection {
+  const ProjectCall& call;
+  int64_t chunks;  // of rows
+  int64_t panels_per_job;
+  const float* plain;          // normalized rows [rows, width]
+  const float* const* shrunk;  // of each linear layer
+
+  Rows chunk(int64_t i) const { return part(call.rows, chunks, i); }
+};
+
+// A chunk of rows with its packed groups.
+struct Chunk {
+  Rows rows;
+  const float* packed;
+};
+
+// Widens a run of one panel to float32, which pays where several groups of rows read it.
+template <class T>
+const uint32_t* widen(const typename T::Element* from, int64_t run) {
+  float* wide = scratch<kWidened>(kRun * kPanel);
+  for (int64_t k = 0; k < run; ++k) {
+    Vec low, high;
+    T::widen(from + k * kPanel, low, high);
+    store(wide + k * kPanel, low);
+    store(wide + k * kPanel + kLanes, high);
+  }
+  return reinterpret_cast<const uint32_t*>(wide);
+}
+
+// What to fetch meanwhile of the slot-th segment of the layer's patch, or `none`.
+inline Stream patch_piece(const LinearCall& linear, int64_t slot, const Rows& panels, int64_t steps,
+                          const Stream& none) {
+  if (linear.patch == nullptr || slot >= linear.patch->count) return none;
+  return piece_of(linear.patch->segments()[slot], panels, steps);
+}
+
+// Brings in the lines of one panel's results, which a large batch has pushed out of the caches: to
+// write a line is to read it first.
+inline void fetch_target(const LinearCall& linear, int64_t panel, const Rows& rows) {
+  for (int64_t r = rows.first; linear.out != nullptr && r < rows.first + rows.count; ++r) {
+    const float* line = linear.out + r * linear.matrix->out + panel * kPanel;
+    _mm_prefetch(line, _MM_HINT_T0);
+    _mm_prefetch(line + 16, _MM_HINT_T0);
+  }
+}
+
+// sums[panel][row][kPanel] of `panels`, for one chunk of rows. Meanwhile the next run is fetched, a
+// share by each group, and the patch's pieces, one by each group and run.
+template <class T>
+void multiply(const Projection& p, const LinearCall& linear, const Rows& panels, const Chunk& chunk,
+              float* sums) {
+  using Element = typename T::Element;
+  const Matrix& m = *linear.matrix;
+  const int64_t rows = chunk.rows.count, stride = m.in * kPanel, groups = groups_of(rows);
+  const auto* weights = static_cast<const Element*>(m.data) + panels.first * stride;
+  const bool wide = groups >= kGroupsToWiden && sizeof(Element) == 2;
+  const int64_t runs = groups == 1 ? 1 : ceil_div(m.in, kRun), step = kPanel * sizeof(Element);
+  for (int64_t i = 0; i < runs; ++i) {
+    const Rows run = part(m.in, runs, i);
+    const Element* from = weights + run.first * kPanel;
+    const uint32_t* widened = wide ? widen<T>(from, run.count) : nullptr;
+    const char* next =
+        reinterpret_cast<const char*>(from) + (groups == 1 ? kAhead : run.count * step);
+    for (int64_t g = 0; g < groups; ++g) {
+      const Rows group = part(rows, groups, g);
+      const float* a = chunk.packed + group.first * m.in + run.first * group.count;
+      float* to = sums + group.first * kPanel;
+      const int64_t pace = groups == 1 ? step : ceil_div(step, groups);
+      const Stream soon = {next + g * pace * run.count, pace};
+      const Stream later = patch_piece(linear, i * groups + g, panels, run.count, {next, 0});
+      if (p.chunks > 1) {
+        const Rows some = part(group.count, runs, i);
+        const int64_t first = chunk.rows.first + group.first + some.first;
+        fetch_target(linear, panels.first, {first, some.count});
+      }
+      const auto tile = [&](auto type, const auto* panels_at, int64_t apart) {
+        tile_for<decltype(type)>(group.count, panels.count)(
+            {a, panels_at, apart, run.count, to, rows * kPanel, i == 0, soon, later});
+      };
+      if (wide) {
+        tile(Float32{}, widened, 0);
+      } else {
+        tile(T{}, from, stride);
+      }
+    }
+  }
+}
+
+// What some rows of a layer end in, once products and low-rank pieces are summed.
+struct Ending {
+  int64_t last;  // of the rows that it holds for
+  const float* gain;
+  const float* bias;
+};
+
+inline Ending ending_of(const LinearCall& linear, int64_t row) {
+  const Patch* patch = linear.patch;
+  if (patch == nullptr || patch->finish_count == 0) return {INT64_MAX, nullptr, linear.bias};
+  const Finish* end = patch->finishes() + patch->finish_count;
+  const Finish* finish = run_from(patch->finishes(), patch->finish_count, row);
+  if (!holds(finish, end, row))
+    return {finish == end ? INT64_MAX : finish->first, nullptr, linear.bias};
+  return {finish->last, finish->gain, finish->bias != nullptr ? finish->bias : linear.bias};
+}
+
+// Gains and biases of one panel's sums [row][kPanel], `columns` of which count.
+inline void end_panel(const LinearCall& linear, int64_t panel, const Rows& chunk, float* sums) {
+  const int64_t column = panel * kPanel, columns = std::min(kPanel, linear.matrix->out - column);
+  const int64_t last = chunk.first + chunk.count;
+  for (int64_t row = chunk.first; row < last;) {
+    const Ending ending = ending_of(linear, row);
+    for (; row < std::min(ending.last, last); ++row) {
+      float* y = sums + (row - chunk.first) * kPanel;
+      if (ending.gain != nullptr)
+        for (int64_t c = 0; c < columns; ++c) y[c] *= ending.gain[column + c];
+      if (ending.bias != nullptr)
+        for (int64_t c = 0; c < columns; ++c) y[c] += ending.bias[column + c];
+    }
+  }
+}
+
+// What the i-th linear layer of the call gives for some panels and one chunk of rows, whole:
+// sums[panel][row][kPanel].
+inline void compute(const Projection& p, int64_t i, const Rows& panels, const Chunk& chunk,
+                    float* sums) {
+  const LinearCall& linear = p.call.linears[i];
+  const int64_t rows = chunk.rows.count, tallest = ceil_div(rows, groups_of(rows));
+  for (int64_t at = 0; at < panels.count;) {
+    const Rows some{panels.first + at, tile_panels(tallest, panels.count - at)};
+    with_storage(linear.matrix->storage, [&](auto type) {
+      multiply<decltype(type)>(p, linear, some, chunk, sums + at * rows * kPanel);
+    });
+    at += some.count;
+  }
+  for (int64_t s = 0; linear.patch != nullptr && s < linear.patch->count; ++s) {
+    const Segment& segment = linear.patch->segments()[s];
+    with_storage(segment.b_storage, [&](auto type) {
+      expand<decltype(type)>(segment, panels, chunk.rows, p.shrunk[i], sums);
+    });
+  }
+  for (int64_t at = 0; at < panels.count; ++at)
+    end_panel(linear, panels.first + at, chunk.rows, sums + at * rows * kPanel);
+}
+
+}  // namespace blockllm

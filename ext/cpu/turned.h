@@ -1,0 +1,129 @@
+// Scores of many queries over one span: keys are turned round once, so that a vector holds one
+// element of several positions and nothing has to be summed across lanes.
+//
+// The sums are those of span.h to the last bit: element d belongs to the chain of lane d % kLanes,
+// and chains are added as `sums` adds lanes.
+#pragma once
+#include "span.h"
+
+namespace blockllm {
+
+// From so many queries on, turning pays.
+constexpr int64_t kQueriesToTurn = 12;
+constexpr int kTurnedVectors = kLanes == 16 ? 2 : 1;
+constexpr int64_t kTurnedPositions = kTurnedVectors * kLanes;
+
+// turned[tile][d][j] = element d of the tile's key j, tiles of kTurnedPositions.
+template <class T>
+void turn(const Keys<T>& keys, int64_t fetched, float* turned) {
+  fetch(keys, 0, kFetchAhead, fetched);
+  for (int64_t j = 0; j < keys.count; j += 4) {
+    fetch(keys, j + kFetchAhead, j + kFetchAhead + 4, fetched);
+    const auto* const* at = keys.at + j;
+    const int64_t within = j % kTurnedPositions;
+    float* tile = turned + (j - within) * keys.dim + within;
+    int64_t d = 0;
+    for (; d + 4 <= keys.dim; d += 4) {
+      __m128 a = T::four(at[0] + d), b = T::four(at[1] + d);
+      __m128 c = T::four(at[2] + d), e = T::four(at[3] + d);
+      _MM_TRANSPOSE4_PS(a, b, c, e);
+      float* to = tile + d * kTurnedPositions;
+      _mm_storeu_ps(to, a);
+      _mm_storeu_ps(to + kTurnedPositions, b);
+      _mm_storeu_ps(to + 2 * kTurnedPositions, c);
+      _mm_storeu_ps(to + 3 * kTurnedPositions, e);
+    }
+    for (; d < keys.dim; ++d)
+      for (int i = 0; i < 4; ++i) tile[d * kTurnedPositions + i] = T::value(at[i][d]);
+  }
+}
+
+template <int Q>
+struct Scores {
+  Vec at[Q][kTurnedVectors];
+};
+
+template <int Q>
+[[gnu::always_inline]] inline Scores<Q> operator+(const Scores<Q>& a, const Scores<Q>& b) {
+  Scores<Q> all;
+#pragma GCC unroll 4
+  for (int q = 0; q < Q; ++q)
+#pragma GCC unroll 2
+    for (int p = 0; p < kTurnedVectors; ++p) all.at[q][p] = add(a.at[q][p], b.at[q][p]);
+  return all;
+}
+
+// The chain of one lane: elements lane, lane + kLanes, ... below `whole`.
+template <int Q>
+[[gnu::always_inline]] inline Scores<Q> chain(const float* const* query, const float* turned,
+                                              int64_t lane, int64_t whole) {
+  Scores<Q> total;
+#pragma GCC unroll 4
+  for (int q = 0; q < Q; ++q)
+#pragma GCC unroll 2
+    for (int p = 0; p < kTurnedVectors; ++p) total.at[q][p] = zero();
+#pragma GCC unroll 4  // without it the loop costs as much as the products
+  for (int64_t d = lane; d < whole; d += kLanes) {
+    Vec key[kTurnedVectors];
+#pragma GCC unroll 2
+    for (int p = 0; p < kTurnedVectors; ++p)
+      key[p] = load(turned + d * kTurnedPositions + p * kLanes);
+#pragma GCC unroll 4
+    for (int q = 0; q < Q; ++q) {
+      const Vec x = fill(query[q][d]);
+#pragma GCC unroll 2
+      for (int p = 0; p < kTurnedVectors; ++p) total.at[q][p] = fma(x, key[p], total.at[q][p]);
+    }
+  }
+  return total;
+}
+
+// The sum of `Count` of eight leaves from `leaf` on, two by two; a leaf is what `fold` leaves of
+// the lanes.
+template <int Q, int Count>
+[[gnu::always_inline]] inline Scores<Q> tree(const float* const* query, const float* turned,
+                                             int64_t leaf, int64_t whole) {
+  if constexpr (Count > 1) {
+    const Scores<Q> first = tree<Q, Count / 2>(query, turned, leaf, whole);
+    return first + tree<Q, Count / 2>(query, turned, leaf + Count / 2, whole);
+  } else if constexpr (kLanes == 16) {
+    const Scores<Q> low = chain<Q>(query, turned, leaf, whole);
+    return low + chain<Q>(query, turned, leaf + 8, whole);
+  } else {
+    return chain<Q>(query, turned, leaf, whole);
+  }
+}
+
+template <int Q>
+void score_turned_tile(const float* const* query, const float* turned, int64_t dim, float* scores) {
+  const int64_t whole = dim / kLanes * kLanes;
+  Scores<Q> total = tree<Q, 8>(query, turned, 0, whole);
+  for (int q = 0; q < Q; ++q) {
+    for (int p = 0; p < kTurnedVectors; ++p) {
+      Vec score = total.at[q][p];
+      for (int64_t d = whole; d < dim; ++d) {
+        const Vec key = load(turned + d * kTurnedPositions + p * kLanes);
+        score = add(score, mul(fill(query[q][d]), key));
+      }
+      store(scores + q * kSpan + p * kLanes, score);
+    }
+  }
+}
+
+// scores[i][j] = <query i, key j>; of further positions of whole tiles, anything.
+template <class T>
+void score_turned(const float* const* query, int64_t queries, const Keys<T>& keys, int64_t fetched,
+                  float* scores) {
+  float* turned = scratch<kTurned>(keys.dim * kSpan);
+  turn(keys, fetched, turned);
+  for (int64_t j = 0; j < keys.count; j += kTurnedPositions) {
+    const float* tile = turned + j * keys.dim;
+    int64_t i = 0;
+    for (; i + 3 <= queries; i += 3)
+      score_turned_tile<3>(query + i, tile, keys.dim, scores + i * kSpan + j);
+    for (; i < queries; ++i)
+      score_turned_tile<1>(query + i, tile, keys.dim, scores + i * kSpan + j);
+  }
+}
+
+}  // namespace blockllm
