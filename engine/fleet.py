@@ -181,7 +181,6 @@ class Fleet:
             kv_bytes=config.kv_cache_memory_bytes,
             weight_bytes=config.weight_memory_bytes,
             max_sequences=config.max_num_seqs,
-            max_context=config.max_model_len,
             max_rows=config.max_num_batched_tokens,
             prefix_cache=config.enable_prefix_caching,
             heartbeat_s=HEARTBEAT_S,

@@ -35,7 +35,7 @@ class CatalogWatch:
         return events
 
     def _compare(self, cluster: Cluster) -> list[VariantAppeared | VariantRetired]:
-        variants = {variant.name: variant for variant in self._catalog.variants()}
+        variants = {variant.name: variant for variant in self._catalog.served()}
         numbers = dict(cluster.numbers)
         events: list[VariantAppeared | VariantRetired] = [
             VariantRetired(name) for name in cluster.variants if name not in variants

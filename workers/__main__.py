@@ -35,7 +35,7 @@ def main(argument: str) -> int:
     # The engine decides when to stop: an interrupt from the terminal reaches the whole group.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(config.threads)
-    ops = select_ops(config.device, config.ops, config.threads, config.page)
+    ops = select_ops(config.device, config.ops, config.threads)
     context = zmq.Context()
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.IDENTITY, config.name.encode())

@@ -127,8 +127,9 @@ class _Budget:
         return True
 
 
-def arrange(steps: Sequence[Step]) -> Wave:
-    """Put steps in an order that keeps rows of a block together and lay out the stages."""
+def arrange(steps: Sequence[Step], cuts: Sequence[int] = ()) -> Wave:
+    """Put steps in an order that keeps rows of a block together and lay out the stages; none passes
+    over a depth in `cuts`."""
     paths_of = {s.request.chain.id: s.request.chain.path for s in steps}
     ordered = sorted(
         steps, key=lambda s: (paths_of[s.request.chain.id], s.request.chain.id, s.span.depth)
@@ -137,8 +138,8 @@ def arrange(steps: Sequence[Step]) -> Wave:
     starts = np.zeros(len(ordered) + 1, np.int32)
     np.cumsum(counts, out=starts[1:])
     runs = _runs(ordered)
-    cuts = _cuts(ordered)
-    paths = [_pieces(ordered[first], cuts) for first, _ in runs]
+    bounds = sorted({*cuts, *_cuts(ordered)})
+    paths = [_pieces(ordered[first], bounds) for first, _ in runs]
     stages = [
         _stage(piece, [runs[i] for i in members], ordered, starts)
         for piece, members in schedule(paths)
@@ -193,12 +194,12 @@ def _runs(steps: Sequence[Step]) -> list[tuple[int, int]]:
     return runs
 
 
-def _cuts(steps: Sequence[Step]) -> list[int]:
+def _cuts(steps: Sequence[Step]) -> set[int]:
     """Depths within blocks where a stage must end: entries, and branches that prompts pass, whose
     activations are kept there."""
     cuts = {s.span.depth for s in steps}
     cuts.update(d for s in steps if s.request.is_prefilling for d in s.request.chain.branches)
-    return sorted(cuts)
+    return cuts
 
 
 def _pieces(step: Step, cuts: Sequence[int]) -> list[Piece]:

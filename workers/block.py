@@ -1,37 +1,53 @@
 """Resident units: the weights of one unit in the form the kernels want, ready to run.
 
-`build_unit` and `build_attachment` turn manifests into these through the three loaders that
-`workers.residency` lends (matrix, vector, rotary); `workers.layers` runs them.
+`build_unit` turns manifests into these through the loaders that `workers.loading` lends;
+`workers.layers` runs them. A unit knows its `linears` and `norms` by the roles under which
+attachments name them.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from ext.ops import Activation, Attention, Linear, Matrix, Norm, Opaque
+from ext.ops import Activation, Attention, Linear, Matrix, Norm, Opaque, Ops
+from workers.foreign import ForeignUnit, build_foreign
 from zoo.manifest import (
-    Attachment,
     AttentionSpec,
     EmbedSpec,
+    ForeignSpec,
     HeadSpec,
     MlpSpec,
     ObjectDigest,
     ParallelSpec,
     Rope,
+    Spec,
+    StitchSpec,
     Unit,
 )
-from zoo.manifest import LowRank as LowRankPiece
 from zoo.manifest import Norm as NormSpec
 
 
 class Loaders(Protocol):
-    """Where a unit's tensors come from."""
+    """Where the tensors of units and attachments come from. All but `shape` and `tensor` are in the
+    kernels' form and shared by digest."""
+
+    @property
+    def ops(self) -> Ops: ...
+
+    def shape(self, digest: ObjectDigest) -> tuple[int, ...]: ...
+
+    def tensor(self, digest: ObjectDigest) -> Tensor: ...
 
     def matrix(self, digest: ObjectDigest, transposed: bool) -> Matrix: ...
 
     def vector(self, digest: ObjectDigest, offset: float) -> Tensor: ...
+
+    def factor(self, digest: ObjectDigest) -> Tensor: ...
+
+    def ids(self, digest: ObjectDigest) -> Tensor: ...
 
     def rotary(self, rope: Rope) -> Opaque: ...
 
@@ -44,6 +60,18 @@ class EmbedUnit:
     positions: Matrix | None
     scale: float
     offset: int
+
+    @property
+    def hidden(self) -> int:
+        return self.tokens.in_features
+
+    @property
+    def linears(self) -> dict[str, Linear]:
+        return {}
+
+    @property
+    def norms(self) -> dict[str, Norm]:
+        return {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +88,30 @@ class AttentionUnit:
     attention: Attention
     post_norm: Norm | None
 
+    @property
+    def linears(self) -> dict[str, Linear]:
+        return dict(zip(self.roles, self.inputs, strict=True)) | {"o": self.output}
+
+    @property
+    def norms(self) -> dict[str, Norm]:
+        how = self.attention
+        found = {"q_norm": how.q_norm, "k_norm": how.k_norm, "post_norm": self.post_norm}
+        return {"norm": self.norm} | {role: norm for role, norm in found.items() if norm}
+
+    def with_norms(self, norms: Mapping[str, Norm]) -> "AttentionUnit":
+        """The same weights under other norms, by role."""
+        how = self.attention
+        return replace(
+            self,
+            norm=norms.get("norm", self.norm),
+            attention=replace(
+                how,
+                q_norm=norms.get("q_norm", how.q_norm),
+                k_norm=norms.get("k_norm", how.k_norm),
+            ),
+            post_norm=norms.get("post_norm", self.post_norm),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class MlpUnit:
@@ -74,6 +126,22 @@ class MlpUnit:
     fused: bool
     post_norm: Norm | None
 
+    @property
+    def linears(self) -> dict[str, Linear]:
+        return dict(zip(self.roles, self.inputs, strict=True)) | {"down": self.output}
+
+    @property
+    def norms(self) -> dict[str, Norm]:
+        return {"norm": self.norm} | ({"post_norm": self.post_norm} if self.post_norm else {})
+
+    def with_norms(self, norms: Mapping[str, Norm]) -> "MlpUnit":
+        """The same weights under other norms, by role."""
+        return replace(
+            self,
+            norm=norms.get("norm", self.norm),
+            post_norm=norms.get("post_norm", self.post_norm),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class ParallelUnit:
@@ -82,28 +150,81 @@ class ParallelUnit:
     attention: AttentionUnit
     mlp: MlpUnit
 
+    @property
+    def linears(self) -> dict[str, Linear]:
+        return self.attention.linears | self.mlp.linears
+
+    @property
+    def norms(self) -> dict[str, Norm]:
+        return self.attention.norms | {"mlp_norm": self.mlp.norm}
+
+    def with_norms(self, norms: Mapping[str, Norm]) -> "ParallelUnit":
+        """The same weights under other norms, by role."""
+        own = {"norm": norms["mlp_norm"]} if "mlp_norm" in norms else {}
+        return ParallelUnit(self.attention.with_norms(norms), self.mlp.with_norms(own))
+
+
+@dataclass(frozen=True, slots=True)
+class StitchUnit:
+    """A map to a stream of another width; `positions` [buckets, width] float32 is added by where a
+    row stands."""
+
+    map: Linear
+    positions: Tensor
+
+    @property
+    def linears(self) -> dict[str, Linear]:
+        return {"map": self.map}
+
+    @property
+    def norms(self) -> dict[str, Norm]:
+        return {}
+
+    def with_norms(self, norms: Mapping[str, Norm]) -> "StitchUnit":
+        """Itself: it has none."""
+        assert not norms
+        return self
+
 
 @dataclass(frozen=True, slots=True)
 class HeadUnit:
-    """Final norm and output matrix."""
+    """Final norm and output matrix; logits are multiplied by `scale`."""
 
     norm: Norm
     output: Linear
-
-
-ResidentUnit = EmbedUnit | AttentionUnit | MlpUnit | ParallelUnit | HeadUnit
-
-
-@dataclass(frozen=True, slots=True)
-class LowRank:
-    """scale * B(A(x)): A [rank, in], B [out, rank], float32."""
-
-    a: Tensor
-    b: Tensor
     scale: float
 
+    @property
+    def linears(self) -> dict[str, Linear]:
+        return {"head": self.output}
 
-ResidentAttachment = Mapping[str, LowRank]
+    @property
+    def norms(self) -> dict[str, Norm]:
+        return {"norm": self.norm}
+
+    def with_norms(self, norms: Mapping[str, Norm]) -> "HeadUnit":
+        """The same weights under other norms, by role."""
+        return replace(self, norm=norms.get("norm", self.norm))
+
+
+ResidentUnit = (
+    EmbedUnit | AttentionUnit | MlpUnit | ParallelUnit | ForeignUnit | StitchUnit | HeadUnit
+)
+
+
+def norm_specs(spec: Spec) -> dict[str, NormSpec]:
+    """What a unit's norms are, by role."""
+    match spec:
+        case AttentionSpec() | MlpSpec():
+            qk = spec.qk_norm if isinstance(spec, AttentionSpec) else None
+            found = {"norm": spec.norm, "q_norm": qk, "k_norm": qk, "post_norm": spec.post_norm}
+            return {role: norm for role, norm in found.items() if norm}
+        case ParallelSpec():
+            return norm_specs(spec.attention) | {"mlp_norm": spec.mlp.norm}
+        case HeadSpec():
+            return {"norm": spec.norm}
+        case _:
+            return {}
 
 
 def build_unit(unit: Unit, loaders: Loaders) -> ResidentUnit:
@@ -124,8 +245,14 @@ def build_unit(unit: Unit, loaders: Loaders) -> ResidentUnit:
             return ParallelUnit(
                 _attention(builder, spec.attention), _mlp(builder, spec.mlp, mlp_norm)
             )
+        case ForeignSpec() as spec:
+            return build_foreign(unit, spec, loaders)
+        case StitchSpec():
+            positions = loaders.vector(unit.tensors["positions.weight"], 0.0)
+            return StitchUnit(builder.linear("map", False), positions)
         case HeadSpec() as spec:
-            return HeadUnit(builder.norm("norm", spec.norm), builder.linear("head", False))
+            norm = builder.norm("norm", spec.norm, spec.hidden)
+            return HeadUnit(norm, builder.linear("head", False), spec.scale)
 
 
 def _attention(builder: "_Builder", spec: AttentionSpec) -> AttentionUnit:
@@ -164,15 +291,6 @@ def _mlp(builder: "_Builder", spec: MlpSpec, norm: Norm) -> MlpUnit:
     )
 
 
-def build_attachment(attachment: Attachment, loaders: Loaders) -> ResidentAttachment:
-    """Make a LoRA's pieces on one unit resident: role -> its two matrices."""
-    return {
-        t.role: LowRank(loaders.vector(t.a, 0.0), loaders.vector(t.b, 0.0), t.scale)
-        for t in attachment.pieces
-        if isinstance(t, LowRankPiece)
-    }
-
-
 class _Builder:
     """Reads the tensors of one unit by role."""
 
@@ -193,8 +311,12 @@ class _Builder:
             None if bias is None else self.loaders.vector(bias, 0.0),
         )
 
-    def norm(self, role: str, spec: NormSpec) -> Norm:
+    def norm(self, role: str, spec: NormSpec, width: int = 0) -> Norm:
+        """A norm; where `width` is given it may lack weights, and then they are ones."""
+        weight = self._tensors.get(f"{role}.weight")
         bias = self._tensors.get(f"{role}.bias")
+        if weight is None and width:
+            return Norm(spec.kind, spec.eps, self.loaders.ops.vector(torch.ones(width)))
         return Norm(
             spec.kind,
             spec.eps,

@@ -6,15 +6,28 @@ part). Pure bookkeeping, no torch; owned by `workers.worker`, read by requests, 
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from workers.wire import ChainId
-from zoo.manifest import Attachment, AttachmentDigest, EmbedSpec, Unit, UnitDigest, attention_of
+from zoo.errors import ZooError
+from zoo.manifest import (
+    Attachment,
+    AttachmentDigest,
+    EmbedSpec,
+    Manifests,
+    Prefix,
+    SoftPrompt,
+    StitchSpec,
+    Unit,
+    UnitDigest,
+    attention_of,
+    virtual_tokens,
+)
 from zoo.partition import cut, partition
 
 
-class UnservableChain(Exception):
+class UnservableChain(ZooError):
     """This worker cannot run that chain; the message says why."""
 
 
@@ -29,7 +42,7 @@ class KvShape:
 @dataclass(frozen=True, slots=True)
 class BlockRange:
     """A block in a chain: units [first, last). `key` is one for all chains that have these units at
-    this depth; `limit` is the most rows it takes at once."""
+    this depth, above as many attention layers; `limit` is the most rows it takes at once."""
 
     key: int
     first: int
@@ -41,11 +54,14 @@ class BlockRange:
 class ServedChain:
     """A chain in use. `lineages[d]` names units [0, d) with their attachments; `layers[u]` is the
     attention layer of unit u (or the number of layers below it); `full_depth` is the depth below
-    which all attention layers lie. `branches` are the depths where other
-    chains part from it."""
+    which all attention layers lie. `branches` are the depths where other chains part from it.
+
+    `hidden` is the width of the stream at the bottom, `stitches` are depths from which on it has
+    another. `virtual` positions stand before a request's first token; the KV of the first `seeded`
+    of them (all or none) are given, not computed. `context` counts them, `vocabulary` the logits of
+    a row."""
 
     id: ChainId
-    digest: str
     unit_digests: tuple[UnitDigest, ...]
     attachment_digests: tuple[AttachmentDigest | None, ...]
     units: tuple[Unit, ...]
@@ -55,6 +71,10 @@ class ServedChain:
     layers: tuple[int, ...]
     kv: KvShape
     hidden: int
+    vocabulary: int = 0
+    virtual: int = 0
+    seeded: int = 0
+    stitches: tuple[tuple[int, int], ...] = ()
     blocks: tuple[BlockRange, ...] = ()
     branches: tuple[int, ...] = ()
     users: int = 0
@@ -67,6 +87,10 @@ class ServedChain:
     @property
     def full_depth(self) -> int:
         return self.layers.index(self.num_layers)
+
+    def width(self, depth: int) -> int:
+        """The width of the stream that enters unit `depth`."""
+        return next((w for d, w in reversed(self.stitches) if d <= depth), self.hidden)
 
     @property
     def group(self) -> tuple[int, KvShape]:
@@ -86,14 +110,9 @@ class ServedChain:
         return [(self.lineages[full], None), *partial]
 
 
-def describe(
-    chain_id: ChainId,
-    digest: str,
-    units: list[tuple[UnitDigest, Unit]],
-    attachments: list[tuple[AttachmentDigest, Attachment] | None],
-    context: int,
-) -> ServedChain:
+def describe(chain: ChainId, manifests: Manifests) -> ServedChain:
     """Lay out a chain from its manifests, bottom first."""
+    units, attachments = manifests.units, manifests.attachments
     first = units[0][1].spec
     if not isinstance(first, EmbedSpec):
         raise UnservableChain("the chain does not begin with an embedding")
@@ -107,19 +126,44 @@ def describe(
         lineages.append(hashlib.blake2b(piece.encode(), digest_size=16).hexdigest())
     if len(shapes) != 1:
         raise UnservableChain("its attention layers have KV of several shapes")
+    virtual, seeded = _virtual(units, attachments)
     return ServedChain(
-        id=chain_id,
-        digest=digest,
+        id=chain,
         unit_digests=tuple(d for d, _ in units),
         attachment_digests=tuple(a[0] if a else None for a in attachments),
         units=tuple(u for _, u in units),
         attachments=tuple(a[1] if a else None for a in attachments),
-        context=context,
+        context=manifests.context + virtual,
+        virtual=virtual,
+        seeded=seeded,
         lineages=tuple(lineages),
         layers=tuple(layers),
         kv=shapes.pop(),
         hidden=first.hidden,
+        stitches=tuple(
+            (depth, unit.spec.width)
+            for depth, (_, unit) in enumerate(units, 1)
+            if isinstance(unit.spec, StitchSpec)
+        ),
     )
+
+
+def _virtual(
+    units: Sequence[tuple[UnitDigest, Unit]],
+    attachments: Sequence[tuple[AttachmentDigest, Attachment] | None],
+) -> tuple[int, int]:
+    """Virtual positions of a chain: how many, and of how many the KV are given."""
+    lengths: set[int] = set()
+    for (_, unit), attachment in zip(units, attachments, strict=True):
+        if attention_of(unit.spec) is not None:
+            pieces = attachment[1].pieces if attachment else ()
+            lengths.add(sum(p.length for p in pieces if isinstance(p, Prefix)))
+    if len(lengths) > 1:
+        raise UnservableChain("its attention layers have prefixes of different lengths")
+    virtual, seeded = virtual_tokens(a[1] for a in attachments if a), lengths.pop()
+    if seeded and any(isinstance(p, SoftPrompt) for a in attachments if a for p in a[1].pieces):
+        raise UnservableChain("it has both a prefix and a soft prompt")
+    return virtual, seeded
 
 
 class Chains:
@@ -130,7 +174,7 @@ class Chains:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._chains: dict[ChainId, ServedChain] = {}
-        self._keys: dict[tuple[tuple[UnitDigest, ...], int], int] = {}
+        self._keys: dict[tuple[tuple[UnitDigest, ...], int, int], int] = {}
 
     def __iter__(self) -> Iterator[ServedChain]:
         return iter(self._chains.values())
@@ -158,7 +202,7 @@ class Chains:
                 parts.setdefault(below, set()).add(above)
         for c in chains:
             c.blocks = tuple(
-                BlockRange(self._key(c.unit_digests[first:last], first), first, last, self._limit)
+                BlockRange(self._key(c, first, last), first, last, self._limit)
                 for first, last in cut(c.unit_digests, blocks)
             )
             c.branches = tuple(
@@ -167,5 +211,6 @@ class Chains:
                 if c.layers[d] > 0 and len(parts[c.lineages[d]]) > 1
             )
 
-    def _key(self, units: tuple[UnitDigest, ...], first: int) -> int:
-        return self._keys.setdefault((units, first), len(self._keys))
+    def _key(self, chain: ServedChain, first: int, last: int) -> int:
+        named = (chain.unit_digests[first:last], first, chain.layers[first])
+        return self._keys.setdefault(named, len(self._keys))

@@ -1,17 +1,20 @@
-"""The forward pass of one unit over the rows of a stage, read top to bottom.
+"""The forward pass of one layer's unit over the rows of a stage, read top to bottom.
 
-Activations x are [rows, hidden] on the device; the units of layers add to x in place. Patches carry
-the attachments of the rows, in the order of the unit's linears, the output's last.
+Activations x are [rows, hidden] on the device; units add to x in place. `worn` is what is attached
+to the rows. `workers.vocabulary` has the two ends of a chain.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from ext.ops import Cache, Ops, Patch, Place, Plan
-from workers.block import AttentionUnit, EmbedUnit, HeadUnit, MlpUnit, ParallelUnit
+from ext.ops import Cache, Norm, Ops, Place, Plan
+from workers.attachments import Worn
+from workers.block import AttentionUnit, MlpUnit, ParallelUnit, StitchUnit
+from workers.pieces import Reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,61 +26,103 @@ class Context:
     plan: Plan
 
 
-def embed(unit: EmbedUnit, tokens: np.ndarray, at: Context) -> Tensor:
-    """tokens int64 [rows] -> x [rows, hidden]."""
-    return at.ops.embed(tokens, unit.tokens, unit.scale, unit.positions, at.plan, unit.offset)
-
-
-def attention(
-    unit: AttentionUnit, x: Tensor, layer: int, patches: Sequence[Patch | None], at: Context
-) -> None:
+def attention(unit: AttentionUnit, x: Tensor, layer: int, worn: Worn, at: Context) -> None:
     """x += O(attend(Q, K, V of norm(x))), normed where the unit asks; `layer` counts attention
     layers from the chain's bottom."""
-    ops = at.ops
-    parts = ops.project(x, unit.norm, unit.inputs, patches[:-1])
+    parts = _inputs(unit, x, worn, at)
     if len(parts) == 1:
         grouped = parts[0].unflatten(1, (unit.groups, -1))
         parts = [p.flatten(1).contiguous() for p in grouped.split(unit.widths, dim=2)]
     q, k, v = parts
-    y = ops.attend(q, k, v, unit.attention, Place(at.cache, layer, at.plan))
-    _add(unit, x, y, patches[-1], at)
+    y = at.ops.attend(q, k, v, unit.attention, Place(at.cache, layer, at.plan))
+    _add(unit, x, y, x, worn, at)
 
 
-def mlp(unit: MlpUnit, x: Tensor, patches: Sequence[Patch | None], at: Context) -> None:
+def mlp(unit: MlpUnit, x: Tensor, worn: Worn, at: Context) -> None:
     """x += down(act(gate(norm(x))) * up(norm(x))), normed where the unit asks."""
-    _add(unit, x, _activated(unit, x, patches[:-1], at), patches[-1], at)
+    _add(unit, x, _activated(unit, x, worn, at), x, worn, at)
 
 
-def parallel(
-    unit: ParallelUnit, x: Tensor, layer: int, patches: Sequence[Patch | None], at: Context
-) -> None:
+def parallel(unit: ParallelUnit, x: Tensor, layer: int, worn: Worn, at: Context) -> None:
     """x += attention(x) + mlp(x): the MLP reads x before the attention adds to it."""
-    own = len(unit.attention.roles) + 1
-    y = _activated(unit.mlp, x, patches[own:-1], at)
-    attention(unit.attention, x, layer, patches[:own], at)
-    _add(unit.mlp, x, y, patches[-1], at)
+    y = _activated(unit.mlp, x, worn, at)
+    before = x.clone() if "down" in worn.detours else x
+    attention(unit.attention, x, layer, worn, at)
+    _add(unit.mlp, x, y, before, worn, at)
 
 
-def head(unit: HeadUnit, x: Tensor, patch: Patch | None, at: Context) -> Tensor:
-    """x [rows, hidden] -> logits [rows, vocabulary]."""
-    return at.ops.project(x, unit.norm, (unit.output,), (patch,))[0]
+def stitch(unit: StitchUnit, x: Tensor, worn: Worn, at: Context) -> Tensor:
+    """x [rows, hidden] -> [rows, width]: see `zoo.manifest.StitchSpec`."""
+    (y,) = at.ops.project(x, None, (unit.map,), (worn.linears.get("map"),))
+    geometry = at.plan.geometry
+    counts = np.diff(geometry.starts)
+    before = np.repeat(geometry.contexts - geometry.starts[1:], counts)
+    # The exponent of a position's float is its bucket: 0, 1, 2-3, 4-7, ...
+    bucket = np.frexp(before + np.arange(geometry.num_rows))[1]
+    last = len(unit.positions) - 1
+    return y.add_(unit.positions[torch.from_numpy(np.minimum(bucket, last)).to(y.device)])
 
 
-def _activated(unit: MlpUnit, x: Tensor, patches: Sequence[Patch | None], at: Context) -> Tensor:
+def normed(x: Tensor, norm: Norm, ops: Ops) -> Tensor:
+    """norm(x), fresh."""
+    y = torch.zeros_like(x)
+    ops.add_norm(y, x, norm)
+    return y
+
+
+def _inputs(unit: AttentionUnit | MlpUnit, x: Tensor, worn: Worn, at: Context) -> Sequence[Tensor]:
+    patches = [worn.linears.get(role) for role in unit.roles]
+    return at.ops.project(x, unit.norm, unit.inputs, patches)
+
+
+def _activated(unit: MlpUnit, x: Tensor, worn: Worn, at: Context) -> Tensor:
     """What an MLP has inside, before its output matrix."""
-    parts: Sequence[Tensor] = at.ops.project(x, unit.norm, unit.inputs, patches)
+    if len(unit.inputs) == 2:
+        patches = [worn.linears.get(role) for role in unit.roles]
+        return at.ops.project_gated(x, unit.norm, unit.inputs, patches, unit.activation)
+    (up,) = _inputs(unit, x, worn, at)
+    gate = None
     if unit.fused:
-        parts = parts[0].chunk(2, dim=1)
-    gate = parts[0] if len(parts) == 2 else None
-    return at.ops.activate(gate, parts[-1], unit.activation)
+        gate, up = up.chunk(2, dim=1)
+    return at.ops.activate(gate, up, unit.activation)
 
 
 def _add(
-    unit: AttentionUnit | MlpUnit, x: Tensor, y: Tensor, patch: Patch | None, at: Context
+    unit: AttentionUnit | MlpUnit, x: Tensor, y: Tensor, before: Tensor, worn: Worn, at: Context
 ) -> None:
-    """x += output(y), normed first where the unit asks."""
-    if unit.post_norm is None:
-        at.ops.accumulate(x, y, unit.output, patch)
-    else:
-        (z,) = at.ops.project(y, None, (unit.output,), (patch,))
-        at.ops.add_norm(x, z, unit.post_norm)
+    """x += output(y), normed first where the unit asks, and what adapters beside it add; `before`
+    is x as the half-layer read it."""
+    ops = at.ops
+    role = "o" if isinstance(unit, AttentionUnit) else "down"
+    if gains := worn.gains.get(role):
+        ops.scale(y, gains)
+    patch, detours = worn.linears.get(role), worn.detours.get(role)
+    if unit.post_norm is None and detours is None:
+        ops.accumulate(x, y, unit.output, patch)
+        return
+    (added,) = ops.project(y, None, (unit.output,), (patch,))
+    if unit.post_norm is not None:
+        if detours is None:
+            ops.add_norm(x, added, unit.post_norm)
+            return
+        added = normed(added, unit.post_norm, ops)
+    assert detours is not None
+    sources = {reads: _source(reads, unit, before, added, ops) for reads, _ in detours}
+    x += added
+    for reads, some in detours:
+        ops.detour(x, sources[reads], some)
+
+
+def _source(
+    reads: Reads, unit: AttentionUnit | MlpUnit, before: Tensor, added: Tensor, ops: Ops
+) -> Tensor:
+    """What a bottleneck adapter reads, before the stream takes in what its half-layer adds."""
+    match reads:
+        case "output":
+            return added
+        case "stream":
+            return before + added
+        case "input":
+            return before.clone()
+        case "norm":
+            return normed(before, unit.norm, ops)

@@ -6,7 +6,7 @@ reads it, the runner fills the pages, and only this file changes a request's sta
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,10 +29,11 @@ class Span:
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """One request. `tokens[:length]` are known; the array has room for all it may grow to.
-    `outputs` counts generated tokens, those of an earlier worker included. `spans` are what remains
-    of the prompt. `own_from[p]` is the first attention layer of page column p that belongs to the
-    request itself; the layers below belong to `held[p]`."""
+    """One request. `tokens[:length]` are known; the array has room for all it may grow to. The
+    chain's virtual tokens stand before the request's own, as -1, -2, ... `outputs` counts generated
+    tokens, those of an earlier worker included. `found` positions came from the cache. `spans` are
+    what remains of the prompt. `own_from[p]` is the first attention layer of page column p that
+    belongs to the request itself; the layers below belong to `held[p]`."""
 
     id: RequestId
     chain: ServedChain
@@ -45,13 +46,23 @@ class Request:
     outputs: int
     slot: int = -1
     computed: int = 0
-    cached_tokens: int = 0
+    found: int = 0
     spans: list[Span] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
     held: dict[int, Column] = field(default_factory=dict)
     own_from: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
     announced: deque[tuple[int, Key]] = field(default_factory=deque)
     boundaries: dict[int, dict[int, np.ndarray]] = field(default_factory=dict)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens that came from the client, those of an earlier worker's answer not counted."""
+        return self.length - self.outputs - self.chain.virtual
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that were found in the cache."""
+        return max(0, self.found - self.chain.virtual)
 
     @property
     def is_prefilling(self) -> bool:
@@ -111,7 +122,7 @@ class Requests:
             self._announce(request)
             self.waiting.remove(request)
             self.running[request.id] = request
-            self.query_tokens += request.length
+            self.query_tokens += request.length - request.chain.virtual
             self.hit_tokens += request.cached_tokens
             yield request
 
@@ -170,14 +181,15 @@ class Requests:
                 request.spans[-1] = Span(hit.depth, last.first, (p + 1) * page)
             else:
                 request.spans.append(Span(hit.depth, p * page, (p + 1) * page))
-        request.cached_tokens = len(hits) * page
-        request.spans.append(Span(0, request.cached_tokens, request.length))
+        request.found = len(hits) * page
+        first = max(request.found, request.chain.seeded)
+        request.spans.append(Span(0, first, request.length))
         request.computed = request.spans[0].first
 
     def _announce(self, request: Request) -> None:
         """Let others know which columns this request is about to compute."""
         depths = request.chain.index_depths()
-        first = request.computed // self._memory.page
+        first = min(request.found, request.computed) // self._memory.page
         for p, digest in enumerate(request.hashes[first:], first):
             for lineage, _ in depths:
                 key = (lineage, digest)
@@ -196,7 +208,10 @@ class Requests:
             else:
                 del request.spans[0]
         request.computed = request.spans[0].first if request.spans else end
-        first, last = span.first // self._memory.page, end // self._memory.page
+        # Given keys and values become full columns with the first that are computed after them.
+        is_seeded = span.first == request.chain.seeded
+        begin = min(request.found, span.first) if is_seeded else span.first
+        first, last = begin // self._memory.page, end // self._memory.page
         if first < last and self._is_cached(request):
             self._publish(request, first, last)
 
@@ -271,6 +286,14 @@ class Requests:
         for p in sorted(request.held, reverse=True):
             self._cache.release(request.held[p])
         memory.give_slot(request.slot)
+
+
+def laid_out(chain: ServedChain, tokens: Sequence[int] | np.ndarray, room: int) -> np.ndarray:
+    """A request's token array: the chain's virtual tokens, its own, and room for `room` in all."""
+    array = np.zeros(chain.virtual + room, np.int32)
+    array[: chain.virtual] = -1 - np.arange(chain.virtual)
+    array[chain.virtual : chain.virtual + len(tokens)] = tokens
+    return array
 
 
 def _layers_below(chain: ServedChain, depth: int | None) -> int:

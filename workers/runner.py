@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ext.ops import Cache, Geometry, Ops, Plan
-from workers import layers
+from ext.ops import Cache, Geometry, Ops, Place, Plan
+from workers import layers, vocabulary
 from workers.attachments import Attachments
 from workers.batcher import Stage, Step, Wave
 from workers.block import (
@@ -23,19 +23,20 @@ from workers.block import (
     MlpUnit,
     ParallelUnit,
     ResidentUnit,
+    StitchUnit,
 )
 from workers.chains import KvShape, ServedChain
+from workers.foreign import ForeignUnit, foreign
+from workers.loading import LoadedChain
 from workers.memory import KvMemory
-from workers.requests import Requests
-from workers.residency import LoadedChain
+from workers.requests import Request, Requests
 from workers.wire import BlockReport, ChainId
 
 
 @dataclass(frozen=True, slots=True)
 class Logits:
-    """What a wave leaves: row i of `data` [n, vocabulary], float32 in host
-    memory, belongs to step `steps[i]` at
-    position `positions[i]`."""
+    """What a wave leaves: row i of `data` [n, vocabulary], float32 in host memory, belongs to step
+    `steps[i]` at position `positions[i]`; rows of narrower variants end in -inf."""
 
     data: Tensor
     steps: tuple[Step, ...]
@@ -54,14 +55,22 @@ class BlockCount:
 
 @dataclass(eq=False, slots=True)
 class _Running:
-    """A wave on its way: activations, the plans made so far, logits collected."""
+    """A wave on its way: activations by the width of the stream, a row for each of the wave's, the
+    plans made so far, logits collected."""
 
     wave: Wave
     chain: ServedChain
     cache: Cache
-    x: Tensor
+    device: torch.device
+    streams: dict[int, Tensor] = field(default_factory=dict)
     plans: dict[tuple[int, ...], Plan] = field(default_factory=dict)
     logits: list[Logits] = field(default_factory=list)
+
+    def x(self, width: int) -> Tensor:
+        """The stream of that width [rows, width]."""
+        if width not in self.streams:
+            self.streams[width] = torch.empty(self.wave.num_rows, width, device=self.device)
+        return self.streams[width]
 
 
 class Runner:
@@ -93,19 +102,29 @@ class Runner:
 
     def run(self, wave: Wave) -> list[Logits]:
         """Run a wave; KV goes to the pages, logits of the rows that need them come back."""
-        chain = wave.steps[0].request.chain
-        width = (wave.num_rows, chain.hidden)
-        x = torch.empty(width, dtype=torch.float32, device=self._ops.device)
-        running = _Running(wave, chain, self._cache(chain.kv), x)
-        self._restore(running)
+        running = self._begin(wave)
         for stage in wave.stages:
-            self._count(stage)
-            if stage.last == len(stage.runs[0][0].units):
-                self._finish(running, stage)
-            else:
-                self._pass(running, stage)
-                self._keep(running, stage)
+            self._take(running, stage)
         return running.logits
+
+    def time(self, wave: Wave) -> list[float]:
+        """Run a wave; the seconds that each of its stages took, plans not counted."""
+        running = self._begin(wave)
+        spent: list[float] = []
+        for stage in wave.stages:
+            self._plan(running, stage.steps)
+            began = time.perf_counter()
+            self._take(running, stage)
+            spent.append(time.perf_counter() - began)
+        return spent
+
+    def carry(self, wave: Wave, depth: int) -> Tensor:
+        """Run a wave of one chain, cut at `depth`, through units [0, depth): x [rows, hidden]."""
+        running = self._begin(wave)
+        for stage in wave.stages:
+            if stage.last <= depth:
+                self._advance(running, stage)
+        return running.x(running.chain.width(depth))
 
     def report(self, key: int, chains: list[ServedChain]) -> BlockReport:
         """What a block has done since start; `chains` are those that use it."""
@@ -126,29 +145,53 @@ class Runner:
 
     # ---- stages ---------------------------------------------------------------------------------
 
+    def _begin(self, wave: Wave) -> _Running:
+        chain = wave.steps[0].request.chain
+        running = _Running(wave, chain, self._cache(chain.kv), self._ops.device)
+        self._restore(running)
+        return running
+
+    def _take(self, running: _Running, stage: Stage) -> None:
+        if stage.last == len(stage.runs[0][0].units):
+            self._count(stage)
+            self._finish(running, stage)
+        else:
+            self._advance(running, stage)
+
+    def _advance(self, running: _Running, stage: Stage) -> None:
+        self._count(stage)
+        self._pass(running, stage)
+        self._keep(running, stage)
+
     def _pass(self, running: _Running, stage: Stage) -> None:
         """Units of a stage, over its rows of x."""
         at = layers.Context(self._ops, running.cache, self._plan(running, stage.steps))
-        chain = stage.runs[0][0]
+        # Chains that share units may be asked for at different lengths: rotary tables end there.
+        chain = max((c for c, _, _ in stage.runs), key=lambda c: c.context)
         units = self._units[chain.id]
         rows = self._attachments.select(tuple((c.id, a, b) for c, a, b in stage.runs))
-        x = running.x[stage.rows]
+        x = running.x(chain.width(stage.first))[stage.rows]
         for index in range(stage.first, stage.last):
-            unit = units[index]
-            patches = self._attachments.patches(index, unit, rows)
+            unit, worn = self._attachments.dress(index, chain.id, units[index], rows)
             match unit:
                 case AttentionUnit():
-                    layers.attention(unit, x, chain.layers[index], patches, at)
+                    layers.attention(unit, x, chain.layers[index], worn, at)
                 case MlpUnit():
-                    layers.mlp(unit, x, patches, at)
+                    layers.mlp(unit, x, worn, at)
                 case ParallelUnit():
-                    layers.parallel(unit, x, chain.layers[index], patches, at)
+                    layers.parallel(unit, x, chain.layers[index], worn, at)
+                case ForeignUnit():
+                    layer = Place(running.cache, chain.layers[index], at.plan)
+                    foreign(unit, x, worn.linears, self._ops, layer)
                 case EmbedUnit():
-                    x = layers.embed(unit, self._tokens(running.wave, stage), at)
+                    x = vocabulary.embed(unit, self._tokens(running.wave, stage), worn, at)
+                case StitchUnit():
+                    x = layers.stitch(unit, x, worn, at)
                 case HeadUnit():
                     raise AssertionError("a head stands alone in its stage")
-        if not isinstance(stage.rows, slice) or stage.first == 0:
-            running.x[stage.rows] = x
+        made = stage.first == 0 or chain.width(stage.first) != chain.width(stage.last)
+        if made or not isinstance(stage.rows, slice):
+            running.x(chain.width(stage.last))[stage.rows] = x
 
     def _finish(self, running: _Running, stage: Stage) -> None:
         """The head, over the rows whose logits somebody wants."""
@@ -171,15 +214,18 @@ class Runner:
         if not rows:
             return
         chain = stage.runs[0][0]
-        unit = self._units[chain.id][stage.first]
-        assert isinstance(unit, HeadUnit)
-        patches = self._attachments.patches(
-            stage.first, unit, self._attachments.select(tuple(runs))
+        unit, worn = self._attachments.dress(
+            stage.first,
+            chain.id,
+            self._units[chain.id][stage.first],
+            self._attachments.select(tuple(runs)),
         )
+        assert isinstance(unit, HeadUnit)
         at = layers.Context(self._ops, running.cache, self._plan(running, stage.steps))
         everything = len(rows) == running.wave.num_rows
-        x = running.x if everything else running.x[torch.tensor(rows, device=running.x.device)]
-        data = layers.head(unit, x, patches[0], at).cpu()
+        x = running.x(chain.width(stage.first))
+        x = x if everything else x[torch.tensor(rows, device=x.device)]
+        data = vocabulary.head(unit, x, worn, at).cpu()
         running.logits.append(Logits(data, tuple(steps), tuple(positions)))
 
     def _tokens(self, wave: Wave, stage: Stage) -> np.ndarray:
@@ -221,6 +267,22 @@ class Runner:
 
     # ---- pages ----------------------------------------------------------------------------------
 
+    @torch.inference_mode()
+    def seed(self, request: Request) -> None:
+        """Write the given keys and values of a request that starts, but for those it found."""
+        chain, page = request.chain, self._memory.page
+        first, last = request.found, chain.seeded
+        if first >= last:
+            return
+        positions = np.arange(first, last)
+        table = self._memory.table(request.slot, chain.num_layers, self._memory.pages(last))
+        data = self._cache(chain.kv).data
+        offsets = torch.from_numpy(positions % page)
+        for layer, prefix in enumerate(self._attachments.prefixes(chain.id)):
+            pages = torch.from_numpy(table[layer, positions // page].astype(np.int64))
+            data[pages, 0, offsets] = prefix.keys[first:last]
+            data[pages, 1, offsets] = prefix.values[first:last]
+
     def _cache(self, shape: KvShape) -> Cache:
         """The arena seen as pages of a shape."""
         if shape not in self._caches:
@@ -248,7 +310,8 @@ class Runner:
 
     def _store(self, running: _Running, step: Step, depth: int, column: int, row: int) -> None:
         flat = running.cache.data.view(len(running.cache.data), -1)
-        x = running.x[row : row + self._memory.page].reshape(-1)
+        width = step.request.chain.width(depth)
+        x = running.x(width)[row : row + self._memory.page].reshape(-1)
         pages = -(-x.numel() // flat.shape[1])
         ids = self._requests.keep_boundary(step.request, column, depth, pages)
         if ids is not None:
@@ -260,19 +323,21 @@ class Runner:
         """Put kept activations where steps enter above the bottom."""
         page = self._memory.page
         flat = running.cache.data.view(len(running.cache.data), -1)
-        size = page * running.chain.hidden
         for i, step in enumerate(running.wave.steps):
             if step.span.depth == 0:
                 continue
+            width = step.request.chain.width(step.span.depth)
+            x = running.x(width)
             for column in range(step.span.first // page, step.end // page):
                 ids = step.request.held[column].boundaries[step.span.depth]
                 row = int(running.wave.starts[i]) + column * page - step.span.first
-                kept = flat[torch.from_numpy(ids).long()].view(-1)[:size]
-                running.x[row : row + page] = kept.view(page, -1)
+                kept = flat[torch.from_numpy(ids).long()].view(-1)[: page * width]
+                x[row : row + page] = kept.view(page, -1)
 
 
 def _wanted_rows(step: Step) -> list[int]:
-    """Rows of a step whose logits are wanted: the newest token's, or all for prompt logprobs."""
+    """Rows of a step whose logits are wanted: the newest token's, or for logprobs of the prompt all
+    but virtual ones."""
     if step.request.sampling.prompt_logprobs >= 0 and step.request.is_prefilling:
-        return list(range(step.count))
+        return list(range(max(0, step.request.chain.virtual - step.span.first), step.count))
     return [step.count - 1] if step.is_last else []

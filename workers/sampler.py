@@ -51,7 +51,7 @@ class Sampler:
         if shaped:
             logits = logits.clone()
             for i in shaped:
-                self._shape(logits[i], requests[i])
+                self._shape(logits[i, : requests[i].chain.vocabulary], requests[i])
         tokens = self._argmax(logits).tolist()
         drawn = [i for i, r in enumerate(requests) if r.sampling.temperature > 0]
         if drawn:
@@ -77,7 +77,7 @@ class Sampler:
             ids, values = zip(*s.logit_bias, strict=True)
             row[torch.tensor(ids)] += torch.tensor(values)
         if request.outputs < s.min_tokens and s.stop_token_ids:
-            row[torch.tensor(s.stop_token_ids)] = -torch.inf
+            row[[token for token in s.stop_token_ids if token < len(row)]] = -torch.inf
         if _has_penalties(s):
             counts = self._count(request, len(row))
             if s.repetition_penalty != 1.0:
@@ -93,8 +93,9 @@ class Sampler:
         counts = self._counts.get(request.id)
         if counts is None:
             prompt = request.length - request.outputs
+            own = request.tokens[request.chain.virtual : prompt].astype(np.int64)
             seen = torch.zeros(vocabulary, dtype=torch.bool)
-            seen[torch.from_numpy(request.tokens[:prompt].astype(np.int64))] = True
+            seen[torch.from_numpy(own)] = True
             counts = _Counts(torch.zeros(vocabulary), seen, prompt)
             self._counts[request.id] = counts
         new = torch.from_numpy(request.tokens[counts.upto : request.length].astype(np.int64))

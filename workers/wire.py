@@ -68,7 +68,6 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kv_bytes: int = 0
     weight_bytes: int = 0
     max_sequences: int = 256
-    max_context: int = 0
     max_rows: int = 0
     prefix_cache: bool = True
     heartbeat_s: float = 1.0

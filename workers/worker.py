@@ -18,16 +18,20 @@ from ext.ops import Ops
 from workers import wire
 from workers.batcher import Group, Step, arrange, decide
 from workers.chains import Chains, ServedChain
+from workers.loading import LoadedChain
 from workers.memory import KvMemory
 from workers.pages import Arena
 from workers.prefix import PrefixCache
-from workers.requests import Request, Requests
-from workers.residency import Eviction, LoadedChain, LoadFailure, Residency
+from workers.provision import Provision
+from workers.requests import Request, Requests, laid_out
+from workers.residency import Eviction, LoadFailure, Residency
 from workers.runner import Logits, Runner
 from workers.sampler import Sampler, logprobs_of
 
 _log = logging.getLogger(__name__)
 Send = Callable[[wire.Report], None]
+
+_UNLOADED = "its variant is not loaded on this worker"
 
 
 @dataclass(slots=True)
@@ -58,6 +62,7 @@ class Worker:
         self._chains = Chains(config.max_rows)
         self._runner = Runner(ops, self._memory, self._requests)
         self._residency = Residency(Path(config.zoo), ops, config.weight_bytes)
+        self._provision = Provision(self._chains, self._runner, self._residency, send)
         self._sampler = Sampler(ops.argmax)
         self._opened: dict[wire.RequestId, wire.Open] = {}
         self._turns: dict[Group, int] = {}
@@ -81,7 +86,7 @@ class Worker:
     @property
     def is_done(self) -> bool:
         """Whether a drain has come to its end."""
-        return self.is_draining and not self.has_work
+        return self.is_draining and not self.has_work and not self._provision.has_waiting
 
     def hello(self) -> wire.Hello:
         """Who this worker is and what it can hold."""
@@ -103,9 +108,10 @@ class Worker:
         """Act on one command of the engine."""
         match command:
             case wire.Load():
-                self._residency.load(command)
+                self._provision.load(command)
             case wire.Evict(chain):
-                self._leave(chain)
+                for _, prompt in self._provision.evict(chain):
+                    self._fail(chain, prompt.request, _UNLOADED)
             case wire.Open():
                 self._opened[command.request] = command
             case wire.Prompt():
@@ -120,19 +126,17 @@ class Worker:
         if opened is None:
             self._counters["dropped_messages"] += 1
             return
-        chain = self._chains.get(opened.chain)
-        if chain is None or chain.leaving:
-            self._fail(opened.chain, prompt.request, "its variant is not loaded on this worker")
+        chain = self._provision.use(opened.chain)
+        if chain is None:
+            if not self._provision.wait(opened, prompt):
+                self._fail(opened.chain, prompt.request, _UNLOADED)
             return
         known = np.frombuffer(prompt.tokens, "<i4")
         room = len(known) - prompt.emitted + opened.sampling.max_tokens
-        if room > self._memory.largest_request(chain.kv, chain.num_layers):
-            self._fail(
-                chain.id, prompt.request, f"{room} tokens do not fit this worker's KV memory"
-            )
+        reason = self._refusal(chain, known, room)
+        if reason:
+            self._fail(chain.id, prompt.request, reason)
             return
-        tokens = np.zeros(room, np.int32)
-        tokens[: len(known)] = known
         self._requests.open(
             Request(
                 id=prompt.request,
@@ -141,14 +145,31 @@ class Worker:
                 salt=opened.salt,
                 priority=opened.priority,
                 opened_at=time.monotonic(),
-                tokens=tokens,
-                length=len(known),
+                tokens=laid_out(chain, known, room),
+                length=chain.virtual + len(known),
                 outputs=prompt.emitted,
             )
         )
 
+    def _refusal(self, chain: ServedChain, known: np.ndarray, room: int) -> str:
+        """Why a request can never run; empty if it can."""
+        if len(known) == 0 or room < len(known):
+            return f"{len(known)} tokens came for a request of {room}"
+        if room > self._longest(chain):
+            return f"{room} tokens do not fit this worker's KV memory"
+        if room > chain.context - chain.virtual:
+            return f"{room} tokens are more than its context of {chain.context - chain.virtual}"
+        if known.min() < 0 or known.max() >= chain.vocabulary:
+            return f"a token lies outside the vocabulary of {chain.vocabulary}"
+        return ""
+
+    def _longest(self, chain: ServedChain) -> int:
+        """Tokens of the longest request that all pages together can hold."""
+        return self._memory.largest_request(chain.kv, chain.num_layers) - chain.virtual
+
     def _close(self, request: wire.RequestId) -> None:
         self._opened.pop(request, None)
+        self._provision.close(request)
         known = self._requests.find(request)
         if known is not None:
             self._end(known)
@@ -156,22 +177,7 @@ class Worker:
     def _end(self, request: Request) -> None:
         self._requests.close(request)
         self._sampler.forget(request.id)
-        if request.chain.leaving and request.chain.users == 0:
-            self._forget(request.chain)
-
-    def _leave(self, chain_id: wire.ChainId) -> None:
-        chain = self._chains.get(chain_id)
-        if chain is None:
-            self._residency.evict(chain_id)
-            return
-        chain.leaving = True
-        if chain.users == 0:
-            self._forget(chain)
-
-    def _forget(self, chain: ServedChain) -> None:
-        self._chains.remove(chain.id)
-        self._runner.remove(chain.id)
-        self._residency.evict(chain.id)
+        self._provision.ended(request.chain)
 
     def _fail(self, chain: wire.ChainId, request: wire.RequestId, reason: str) -> None:
         self._counters["failed_requests"] += 1
@@ -181,21 +187,16 @@ class Worker:
         """Take in what the loader thread has finished."""
         for outcome in self._residency.finished():
             match outcome:
-                case LoadedChain():
-                    self._adopt(outcome)
+                case LoadedChain(chain=chain):
+                    longest = min(chain.context - chain.virtual, self._longest(chain))
+                    for opened, prompt in self._provision.adopt(outcome, longest):
+                        self._opened[prompt.request] = opened
+                        self._begin(prompt)
                 case LoadFailure(chain, reason):
-                    self._send(wire.Failed(chain, wire.RequestId(-1), reason))
-                case Eviction(chain, freed):
-                    self._send(wire.Evicted(chain, freed))
-
-    def _adopt(self, loaded: LoadedChain) -> None:
-        chain = loaded.chain
-        self._chains.add(chain)
-        self._runner.add(loaded)
-        longest = min(chain.context, self._memory.largest_request(chain.kv, chain.num_layers))
-        self._send(
-            wire.Loaded(chain.id, loaded.moved_bytes, loaded.chain_bytes, loaded.seconds, longest)
-        )
+                    for _, prompt in self._provision.reject(outcome):
+                        self._fail(chain, prompt.request, reason)
+                case Eviction():
+                    self._provision.gone(outcome)
 
     # ---- one wave -------------------------------------------------------------------------------
 
@@ -204,7 +205,8 @@ class Worker:
         began = time.perf_counter()
         now = time.monotonic()
         for request in self._requests.start():
-            self._counters["prompt_tokens"] += request.length - request.outputs
+            self._runner.seed(request)
+            self._counters["prompt_tokens"] += request.prompt_tokens
             self._send(wire.Started(request.id, request.cached_tokens, now - request.opened_at))
         steps = decide(
             self._requests.running.values(),
@@ -279,7 +281,7 @@ class Worker:
             if rows:
                 nexts = [int(request.tokens[part.positions[i] + 1]) for i in rows]
                 scored = logprobs_of(part.data[rows], nexts, request.sampling.prompt_logprobs)
-                first = part.positions[rows[0]] + 1
+                first = part.positions[rows[0]] + 1 - request.chain.virtual
                 self._send(wire.Scored(request_id, first, tuple(scored)))
 
     def _abandon(self, steps: list[Step], reason: str) -> None:
@@ -311,6 +313,7 @@ class Worker:
                 "prefix_hit_tokens": requests.hit_tokens,
                 "shared_pages": requests.shared_pages,
                 "evicted_pages": self._cache.evicted_pages,
+                "parked_chains": self._provision.parked_times,
             },
             seconds={
                 "ops": self.clock.ops,

@@ -6,10 +6,12 @@ content has one name wherever it was made. Specs leave out what stands at its de
 that a later family needs does not rename the units of the others."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal, NewType
 
 import msgspec
+
+from zoo.measured import Measured
 
 ObjectDigest = NewType("ObjectDigest", str)
 UnitDigest = NewType("UnitDigest", str)
@@ -121,22 +123,62 @@ class ParallelSpec(
 class HeadSpec(
     msgspec.Struct, frozen=True, tag="head", omit_defaults=True, forbid_unknown_fields=True
 ):
-    """Final norm and output head: logits = W norm(x). Roles: norm.{weight,bias},
-    head.{weight,bias}."""
+    """Final norm and output head: logits = scale * W norm(x). Roles: norm.{weight,bias} (absent: a
+    norm without weights), head.{weight,bias}."""
 
     hidden: int
     vocabulary: int
     norm: Norm
+    scale: float = 1.0
 
 
-Spec = EmbedSpec | AttentionSpec | MlpSpec | ParallelSpec | HeadSpec
+class ForeignSpec(
+    msgspec.Struct, frozen=True, tag="foreign", omit_defaults=True, forbid_unknown_fields=True
+):
+    """A whole layer that transformers' own class computes, but for its linear layers and its
+    attention over pages, which are ours.
+
+    Roles: the layer's parameters under their own names within it; those of `linears` + ".weight"
+    and ".bias" are linear layers and can carry low-rank pieces, gains and biases. `config` is what
+    the model's config says that bears on its layers, as canonical JSON; `layer` counts from 0.
+    `scale` and `window` are those of the attention. It gives each of the `kv_heads` `copies`
+    times, one of which is kept.
+    """
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    config: str
+    layer: int
+    linears: tuple[str, ...]
+    window: int | None = None
+    copies: int = 1
 
 
-def attention_of(spec: Spec) -> AttentionSpec | None:
+class StitchSpec(
+    msgspec.Struct, frozen=True, tag="stitch", omit_defaults=True, forbid_unknown_fields=True
+):
+    """From a stream of `hidden` channels to one of `width`: x = W x + b + t[bucket(position)].
+
+    Roles: map.{weight,bias}; positions.weight is t, [buckets, width]. Position 0 has a bucket of
+    its own, the others share one by their power of two: 1, 2-3, 4-7 ...; the last takes the rest.
+    """
+
+    hidden: int
+    width: int
+    buckets: int
+
+
+Spec = EmbedSpec | AttentionSpec | MlpSpec | ParallelSpec | ForeignSpec | StitchSpec | HeadSpec
+
+
+def attention_of(spec: Spec) -> AttentionSpec | ForeignSpec | None:
     """The attention within a unit, if it has one."""
     if isinstance(spec, ParallelSpec):
         return spec.attention
-    return spec if isinstance(spec, AttentionSpec) else None
+    return spec if isinstance(spec, AttentionSpec | ForeignSpec) else None
 
 
 class Unit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -237,15 +279,7 @@ class TokenRows(msgspec.Struct, frozen=True, tag="token_rows", forbid_unknown_fi
 
 
 Piece = (
-    LowRank
-    | Gain
-    | InputGain
-    | Bias
-    | NormWeights
-    | Bottleneck
-    | Prefix
-    | SoftPrompt
-    | TokenRows
+    LowRank | Gain | InputGain | Bias | NormWeights | Bottleneck | Prefix | SoftPrompt | TokenRows
 )
 
 
@@ -291,16 +325,30 @@ class Chain(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     attachments: tuple[AttachmentDigest | None, ...]
 
 
+class Manifests(msgspec.Struct, frozen=True):
+    """A chain written out, known to a catalog or not: its units and attachments, bottom first, and
+    the longest sequence in tokens, virtual ones not counted, that will be asked of it."""
+
+    units: Sequence[tuple[UnitDigest, Unit]]
+    attachments: Sequence[tuple[AttachmentDigest, Attachment] | None]
+    context: int
+
+
 class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A model that clients ask for by name.
 
-    `kind` is what it is to its base: "base", "full" (most units its own), "partial", "lora".
+    `kind` is what it is to its base: "base", "full" (most units its own), "partial", or of an
+    adapter its type: "lora", "dora", "ia3", "prefix", "prompt", "tokens", "bottleneck", "norm",
+    "bias", "sum", "merged:vera" and others that are merged.
     `files` maps file names (tokenizer.json, config.json, chat_template.jinja ...) to objects, and
     is what `export` writes beside the weights. `context` is the longest sequence in tokens. `eos`
     are the token ids that end an answer. `created` is in seconds since the epoch. `tensors` keeps
     the source's own names in their order (checkpoint name -> object) for export; for an adapter
     they are the adapter's tensors. `report` counts units by what became of them. `borrowed` are the
-    names in `files` that it has from its base; export leaves them out."""
+    names in `files` that it has from its base; export leaves them out. `measured` is there unless
+    it is stored exactly, `bound` is the agreement that was asked of it. What is measured of a
+    `private` variant is never kept beside what is another `tenant`'s. `golden` is the largest
+    relative difference of its logits to the source's own; None where that was not looked at."""
 
     name: str
     chain: ChainDigest
@@ -319,6 +367,11 @@ class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tensors: dict[str, ObjectDigest]
     report: dict[str, int]
     borrowed: tuple[str, ...] = ()
+    measured: Measured | None = None
+    bound: float | None = None
+    private: bool = False
+    tenant: str = ""
+    golden: float | None = None
 
 
 _encoder = msgspec.json.Encoder(order="deterministic")

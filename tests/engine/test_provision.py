@@ -10,6 +10,7 @@ from engine.errors import (
 )
 from engine.launch import Engine
 from tests.engine import rig
+from zoo.catalog import Catalog
 
 
 def test_variants_come_and_go_without_a_restart(zoo: Path) -> None:
@@ -60,6 +61,32 @@ def test_a_replaced_variant_ends_what_runs_under_its_old_chain(
 async def _serves(built: Engine, chain: str) -> bool:
     async with rig.client(built) as client:
         return (await client.models())[0].fingerprint == chain
+
+
+def test_an_alias_is_a_model_that_stays_with_its_version(zoo: Path) -> None:
+    async def test() -> None:
+        old = rig.variant_of(zoo, "base").chain
+        new = rig.variant_of(zoo, "base", content="other")
+        writer = Catalog(zoo, writable=True)
+        writer.set_alias("stable", "base")
+        async with rig.engine(zoo) as built, rig.client(built) as client:
+
+            async def serves(**chains: str) -> bool:
+                return {m.id: m.fingerprint for m in await client.models()} == chains
+
+            assert await serves(base=old, stable=old)
+            rig.publish(zoo, new)
+            await rig.until(lambda: serves(base=new.chain, stable=old))
+            fresh = await client.complete("base", [66], max_tokens=2)
+            stable = await client.complete("stable", [66], max_tokens=2)
+            assert (fresh.fingerprint, stable.fingerprint) == (new.chain, old)
+            writer.set_alias("stable", "base")
+            await rig.until(lambda: serves(base=new.chain, stable=new.chain))
+            await rig.until(lambda: rig.has_counted(built, "evicts", 1))
+            writer.remove_alias("stable")
+            await rig.until(lambda: serves(base=new.chain))
+
+    rig.run(test())
 
 
 def test_a_variant_that_cannot_be_loaded_is_named_with_the_reason(

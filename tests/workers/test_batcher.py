@@ -17,7 +17,6 @@ def chain(number: int, blocks: list[tuple[int, int, int]], limit: int = 512, hid
     layers = tuple((d + 1) // 2 for d in range(units + 1))
     return ServedChain(
         id=number,
-        digest=str(number),
         unit_digests=("u",) * units,
         attachment_digests=(None,) * units,
         units=(None,) * units,
@@ -27,6 +26,7 @@ def chain(number: int, blocks: list[tuple[int, int, int]], limit: int = 512, hid
         layers=layers,
         kv=KV,
         hidden=hidden,
+        vocabulary=8,
         blocks=tuple(BlockRange(k, a, b, limit) for k, a, b in blocks),
     )
 

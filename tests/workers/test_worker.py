@@ -13,6 +13,7 @@ import zmq
 from tests.workers.family_zoo import Family
 from tests.workers.local import LocalWorker
 from workers import wire
+from zoo.catalog import Catalog
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -24,7 +25,7 @@ def family(tmp_path_factory):
 
 @pytest.fixture
 def worker(family):
-    made = LocalWorker(family.zoo, "torch", kv_bytes=4 << 20)
+    made = LocalWorker(family.zoo, "native", kv_bytes=4 << 20)
     made.load("base")
     return made
 
@@ -167,3 +168,92 @@ def test_a_variant_that_does_not_fit_the_weight_budget_is_refused_and_others_ser
     with pytest.raises(AssertionError, match="weight-memory-bytes"):
         tight.load("base")
     assert tight.status.resident_bytes == 0
+
+
+@pytest.fixture(scope="module")
+def crowd(tmp_path_factory):
+    made = Family(tmp_path_factory.mktemp("crowd"), "llama")
+    for i in range(4):
+        made.tune(f"t{i}", ["layers.2.", "layers.3."], seed=i)
+    return made
+
+
+def budget(crowd, names: list[str]) -> int:
+    """Bytes that those variants need together."""
+    worker = LocalWorker(crowd.zoo, "native", kv_bytes=8 << 20)
+    worker.load(*names)
+    return worker.status.resident_bytes
+
+
+def settle(worker: LocalWorker) -> None:
+    while worker.worker.has_work or worker.worker.is_loading:
+        worker.worker.collect()
+        worker.step()
+
+
+def test_chains_that_nobody_uses_give_way_and_come_back_when_asked_for(crowd):
+    limit = budget(crowd, ["base", "t0", "t1"])
+    worker = LocalWorker(crowd.zoo, "native", kv_bytes=8 << 20, weight_bytes=limit)
+    worker.load(*crowd.names)
+    assert worker.status.resident_bytes <= limit
+    asked = [(name, [7 + i, 8, 9]) for i, name in enumerate([*crowd.names, *crowd.names])]
+    answers = []
+    for name, prompt in asked:
+        answers.append(worker.open(name, prompt, max_tokens=6))
+        settle(worker)
+        assert worker.status.resident_bytes <= limit
+    together = [worker.open(name, prompt, max_tokens=6) for name, prompt in asked]
+    settle(worker)
+    free = LocalWorker(crowd.zoo, "native", kv_bytes=8 << 20)
+    free.load(*crowd.names)
+    wanted = [free.open(name, prompt, max_tokens=6) for name, prompt in asked]
+    free.run()
+    assert [a.tokens for a in answers] == [a.tokens for a in wanted]
+    assert [a.tokens for a in together] == [a.tokens for a in wanted]
+    assert worker.status.counters["parked_chains"] > len(crowd.names)
+
+
+def test_the_least_recently_used_chain_gives_way_and_one_in_use_never_does(crowd):
+    limit = budget(crowd, ["t0", "t1"])
+    worker = LocalWorker(crowd.zoo, "native", kv_bytes=8 << 20, weight_bytes=limit)
+    worker.load("t0", "t1")
+    worker.open("t1", [5], max_tokens=1)
+    settle(worker)
+    long = worker.open("t0", [5, 6], max_tokens=40)
+    worker.step()
+    worker.load("t2")
+    late = worker.open("t1", [9], max_tokens=3)
+    other = worker.open("t2", [9], max_tokens=3)
+    worker.step()
+    assert not long.is_done
+    settle(worker)
+    assert (len(long.tokens), len(late.tokens), len(other.tokens)) == (40, 3, 3)
+
+
+def test_a_request_that_waits_for_a_parked_chain_can_be_closed_or_fail(crowd):
+    limit = budget(crowd, ["t0"])
+    worker = LocalWorker(crowd.zoo, "native", kv_bytes=8 << 20, weight_bytes=limit)
+    worker.load("t0", "t1")
+    closed = worker.open("t0", [5], max_tokens=3)
+    given_up = worker.open("t0", [6], max_tokens=3)
+    worker.close(closed)
+    number = worker.chains.pop("t0")
+    worker.worker.take(wire.Evict(number))
+    settle(worker)
+    worker.absorb()
+    assert closed.tokens == []
+    assert "not loaded" in given_up.failed
+    fine = worker.open("t1", [6], max_tokens=3)
+    settle(worker)
+    assert len(fine.tokens) == 3
+
+
+def test_a_chain_that_is_evicted_while_it_loads_leaves_nothing(crowd):
+    worker = LocalWorker(crowd.zoo, "native", kv_bytes=8 << 20)
+    catalog = Catalog(crowd.zoo)
+    variant = catalog.variant("t0")
+    units = len(catalog.chain(variant.chain).units)
+    worker.worker.take(wire.Load(3, variant.chain, 0, units, 64))
+    worker.worker.take(wire.Evict(3))
+    settle(worker)
+    assert (worker.status.chains, worker.status.resident_bytes) == (0, 0)

@@ -1,0 +1,107 @@
+"""What a device holds: every distinct tensor, unit and attachment once, counted by its users.
+
+Whoever loads chains owns one and uses it from one thread at a time: `workers.residency` in a
+worker, `workers.offline` for measurements."""
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import psutil
+
+from ext.ops import Ops
+from workers.chains import UnservableChain
+from zoo.manifest import ObjectDigest
+
+# A unit, an attachment, or a tensor in the kernels' form; with its bytes and the keys of its parts.
+Resident: TypeAlias = Any
+Made = tuple[Resident, int, list[Hashable]]
+
+
+class NoRoom(UnservableChain):
+    """The budget lacks `missing` bytes for a chain."""
+
+    def __init__(self, reason: str, missing: int) -> None:
+        super().__init__(reason)
+        self.missing = missing
+
+
+@dataclass(eq=False, slots=True)
+class _Held:
+    """Something resident: its own bytes, what it is made of, and how many users it has."""
+
+    value: Resident
+    nbytes: int
+    parts: list[Hashable] = field(default_factory=list)
+    users: int = 0
+
+
+class Holdings:
+    """Weights on one device in the form of `ops`, up to `limit_bytes` (0: no limit)."""
+
+    def __init__(self, ops: Ops, limit_bytes: int = 0) -> None:
+        self.ops = ops
+        self._limit = limit_bytes
+        self._held: dict[Hashable, _Held] = {}
+        self.resident_bytes = 0
+
+    def hold(self, key: Hashable, make: Callable[[], Made]) -> Resident:
+        """The resident thing of that key, one more user; `make` gives value, bytes and parts."""
+        held = self._held.get(key)
+        if held is None:
+            value, nbytes, parts = make()
+            held = self._held[key] = _Held(value, nbytes, parts)
+            self.resident_bytes += nbytes
+        held.users += 1
+        return held.value
+
+    def release(self, keys: list[Hashable]) -> None:
+        """One user less for each key; what nobody uses any more is freed, with its parts."""
+        for key in keys:
+            held = self._held[key]
+            held.users -= 1
+            if held.users == 0:
+                del self._held[key]
+                self.resident_bytes -= held.nbytes
+                self.release(held.parts)
+
+    def bytes_of(self, keys: list[Hashable]) -> int:
+        """Bytes of the distinct things under `keys`, parts included."""
+        seen: dict[Hashable, int] = {}
+        todo = list(keys)
+        while todo:
+            key = todo.pop()
+            if key not in seen:
+                seen[key] = self._held[key].nbytes
+                todo.extend(self._held[key].parts)
+        return sum(seen.values())
+
+    def freed_by(self, keys: list[Hashable]) -> int:
+        """Bytes that releasing `keys` would free."""
+        gone: dict[Hashable, int] = {}
+        freed, todo = 0, list(keys)
+        while todo:
+            key = todo.pop()
+            gone[key] = gone.get(key, 0) + 1
+            if gone[key] == self._held[key].users:
+                freed += self._held[key].nbytes
+                todo.extend(self._held[key].parts)
+        return freed
+
+    def check_room(self, sizes: Mapping[ObjectDigest, int]) -> None:
+        """Refuse tensors (digest -> bytes) of which those not yet held would not fit."""
+        held = {key[1] for key in self._held if isinstance(key, tuple)}
+        needed = sum(size for digest, size in sizes.items() if digest not in held)
+        left = self._limit - self.resident_bytes
+        if self._limit and needed > left:
+            raise NoRoom(
+                f"its own weights are {needed} bytes and {left} of {self._limit} are left to this "
+                "worker: raise --weight-memory-bytes or remove variants",
+                needed - left,
+            )
+        available = psutil.virtual_memory().available
+        if self.ops.device.type == "cpu" and needed > available:
+            raise UnservableChain(
+                f"its own weights are {needed} bytes and the machine has {available} left: "
+                "remove variants or take a larger machine"
+            )

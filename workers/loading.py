@@ -1,0 +1,245 @@
+"""One chain on its way in: its manifests become resident units and attachments.
+
+Tensors are shared by digest whatever unit they stand in; units and attachments are shared by their
+own digests on top of that. The chain need not be in any catalog: manifests are given, and only
+their objects are read from the store."""
+
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ext.ops import Matrix, Opaque, Ops
+from workers.block import HeadUnit, ResidentUnit, build_unit
+from workers.chains import ServedChain, UnservableChain, describe
+from workers.holdings import Holdings, Made, Resident
+from workers.pieces import HeadRows, ResidentAttachment, build_attachment
+from workers.wire import ChainId
+from zoo.manifest import (
+    Attachment,
+    AttachmentDigest,
+    Manifests,
+    ObjectDigest,
+    Rope,
+    Unit,
+    UnitDigest,
+    objects_of,
+)
+from zoo.store import ObjectInfo, Store
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedChain:
+    """A chain that is resident: its layout and, per unit, weights, attachment and bytes. `keys` are
+    what it holds, to be released when it goes."""
+
+    chain: ServedChain
+    units: tuple[ResidentUnit, ...]
+    attachments: tuple[ResidentAttachment | None, ...]
+    unit_bytes: tuple[int, ...]
+    moved_bytes: int
+    chain_bytes: int
+    seconds: float
+    keys: list[Hashable]
+
+
+def load(holdings: Holdings, store: Store, chain: ChainId, manifests: Manifests) -> LoadedChain:
+    """Make a chain resident; what fails (ZooError, UnservableChain, OSError, MemoryError) leaves
+    nothing behind."""
+    began, before = time.perf_counter(), holdings.resident_bytes
+    layout = describe(chain, manifests)
+    shapes = _infos(store, manifests)
+    holdings.check_room({digest: info.nbytes for digest, info in shapes.items()})
+    loading = _Loading(holdings, store, shapes, layout.context)
+    try:
+        units = tuple(loading.unit(digest, unit) for digest, unit in manifests.units)
+        attachments = tuple(
+            None if a is None else loading.attachment(a, manifests.units[i], units[i])
+            for i, a in enumerate(manifests.attachments)
+        )
+    except BaseException:
+        holdings.release(loading.used)
+        raise
+    layout.vocabulary = _vocabulary(units[-1], attachments[-1])
+    return LoadedChain(
+        chain=layout,
+        units=units,
+        attachments=attachments,
+        unit_bytes=tuple(holdings.bytes_of([loading.unit_key(d)]) for d, _ in manifests.units),
+        moved_bytes=holdings.resident_bytes - before,
+        chain_bytes=holdings.bytes_of(loading.used),
+        seconds=time.perf_counter() - began,
+        keys=loading.used,
+    )
+
+
+def time_load(
+    ops: Ops, store: Store, units: Sequence[tuple[UnitDigest, Unit]], context: int
+) -> float:
+    """Seconds until units alone are resident; nothing of them stays."""
+    began = time.perf_counter()
+    infos = {d: store.info(d) for _, unit in units for d in unit.tensors.values()}
+    loading = _Loading(Holdings(ops), store, infos, context)
+    for digest, unit in units:
+        loading.unit(digest, unit)
+    return time.perf_counter() - began
+
+
+def _infos(store: Store, manifests: Manifests) -> dict[ObjectDigest, ObjectInfo]:
+    """Every tensor of a chain, as stored."""
+    digests = {d for _, unit in manifests.units for d in unit.tensors.values()}
+    digests |= {d for a in manifests.attachments if a for d in objects_of(a[1])}
+    return {digest: store.info(digest) for digest in digests}
+
+
+def _vocabulary(head: ResidentUnit, attachment: ResidentAttachment | None) -> int:
+    """How many logits a chain has: the head's own, and those of tokens added to it."""
+    if not isinstance(head, HeadUnit):
+        raise UnservableChain("the chain does not end in a head")
+    rows = attachment and attachment.one(HeadRows, "head")
+    return max(head.output.weight.out_features, rows.width if rows else 0)
+
+
+class _Loading:
+    """The loaders that `workers.block` calls; remembers what is held in `used`."""
+
+    def __init__(
+        self,
+        holdings: Holdings,
+        store: Store,
+        infos: Mapping[ObjectDigest, ObjectInfo],
+        context: int,
+    ) -> None:
+        self._holdings = holdings
+        self._store = store
+        self._infos = infos
+        self._context = context
+        self.ops: Ops = holdings.ops
+        self.used: list[Hashable] = []
+        self._parts = self.used
+
+    def unit_key(self, unit: UnitDigest) -> Hashable:
+        """A unit is made for a context: its rotary table ends there."""
+        return ("unit", unit, self._context)
+
+    def unit(self, digest: UnitDigest, unit: Unit) -> ResidentUnit:
+        return self._compose(self.unit_key(digest), lambda: build_unit(unit, self))
+
+    def attachment(
+        self,
+        named: tuple[AttachmentDigest, Attachment],
+        upon: tuple[UnitDigest, Unit],
+        resident: ResidentUnit,
+    ) -> ResidentAttachment:
+        key = ("attachment", named[0], upon[0])
+        return self._compose(key, lambda: build_attachment(named[1], upon[1], resident, self))
+
+    def _compose(self, key: Hashable, build: Callable[[], Resident]) -> Resident:
+        """A unit or attachment, made of parts that are held on its behalf."""
+
+        def make() -> Made:
+            parts: list[Hashable] = []
+            self._parts = parts
+            try:
+                return build(), 0, parts
+            except BaseException:
+                self.used.extend(parts)
+                raise
+            finally:
+                self._parts = self.used
+
+        value = self._holdings.hold(key, make)
+        self.used.append(key)
+        return value
+
+    def _part(self, key: Hashable, make: Callable[[], Made]) -> Resident:
+        value = self._holdings.hold(key, make)
+        self._parts.append(key)
+        return value
+
+    def shape(self, digest: ObjectDigest) -> tuple[int, ...]:
+        """A tensor's shape."""
+        return self._infos[digest].shape
+
+    def matrix(self, digest: ObjectDigest, transposed: bool) -> Matrix:
+        """A resident weight, shared by every unit that has this tensor."""
+
+        def make() -> Made:
+            matrix = self.ops.matrix(self.tensor(digest), transposed=transposed)
+            return matrix, matrix.nbytes, []
+
+        return self._part(("matrix", digest, transposed), make)
+
+    def vector(self, digest: ObjectDigest, offset: float) -> Tensor:
+        """A norm weight (plus its family's offset), a bias or a gain."""
+
+        def make() -> Made:
+            vector = self.ops.vector(self.tensor(digest))
+            if offset:
+                vector += offset
+            return _with_bytes(vector)
+
+        return self._part(("vector", digest, offset), make)
+
+    def factor(self, digest: ObjectDigest) -> Tensor:
+        """A low-rank matrix."""
+        return self._part(
+            ("factor", digest), lambda: _with_bytes(self.ops.factor(self.tensor(digest)))
+        )
+
+    def ids(self, digest: ObjectDigest) -> Tensor:
+        """Token ids, int64 in host memory, ascending."""
+
+        def make() -> Made:
+            stored = self._store.tensor(digest)
+            if stored.dtype != "I64" or len(stored.shape) != 1 or stored.shape[0] == 0:
+                raise UnservableChain(f"tensor {digest} is no list of token ids")
+            ids = torch.tensor(np.frombuffer(stored.data, "<i8"))
+            if int(ids[0]) < 0 or bool((ids.diff() <= 0).any()):
+                raise UnservableChain(f"the token ids of tensor {digest} do not ascend from 0")
+            return _with_bytes(ids)
+
+        return self._part(("ids", digest), make)
+
+    def rotary(self, rope: Rope) -> Opaque:
+        """The rotary table of these frequencies up to the chain's context."""
+
+        def make() -> Made:
+            made = self.ops.rotary(
+                rope.inverse_frequencies, rope.attention_factor, rope.interleaved, self._context
+            )
+            return made, 0, []
+
+        return self._part(("rotary", rope, self._context), make)
+
+    def tensor(self, digest: ObjectDigest) -> Tensor:
+        """A stored tensor over the store's own read-only memory, without a copy."""
+        stored = self._store.tensor(digest)
+        dtype = _DTYPES.get(stored.dtype)
+        if dtype is None:
+            raise UnservableChain(f"tensor {digest} is of dtype {stored.dtype}, not a float")
+        array = np.asarray(_Lent(stored.data))
+        return torch.from_numpy(array).view(dtype).view(stored.shape)
+
+
+def _with_bytes(tensor: Tensor) -> Made:
+    return tensor, tensor.numel() * tensor.element_size(), []
+
+
+class _Lent:
+    """Read-only memory under numpy's protocol as if it were writable: torch warns of arrays that
+    are not, and no kernel writes to weights."""
+
+    def __init__(self, data: memoryview) -> None:
+        self._data = np.frombuffer(data, np.uint8)
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": self._data.shape,
+            "typestr": "|u1",
+            "data": (self._data.ctypes.data, False),
+        }
