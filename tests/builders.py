@@ -15,7 +15,11 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -26,6 +30,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedConfig,
@@ -35,6 +41,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
 )
 
 VOCABULARY = 320
@@ -135,6 +143,52 @@ def tiny_gpt2(path: Path, seed: int = 0, **config: object) -> Path:
         "eos_token_id": 2,
     } | config
     return _save(GPT2LMHeadModel, GPT2Config(**settings), path, seed)
+
+
+def tiny_olmo2(path: Path, seed: int = 0, **config: object) -> Path:
+    """Like `tiny_llama`, with norms behind both halves and over all of q and k."""
+    settings = _common() | {"num_key_value_heads": 2} | config
+    return _save(Olmo2ForCausalLM, Olmo2Config(**settings), path, seed)
+
+
+def tiny_falcon(path: Path, seed: int = 0, **config: object) -> Path:
+    """Four layers, attention and MLP side by side, one head of keys and values, tied head."""
+    settings = _common() | {"ffn_hidden_size": 128, "tie_word_embeddings": True} | config
+    return _save(FalconForCausalLM, FalconConfig(**settings), path, seed)
+
+
+def tiny_falcon_new(path: Path, seed: int = 0, **config: object) -> Path:
+    """`tiny_falcon` as the larger ones are: grouped heads, a norm for each half."""
+    return tiny_falcon(path, seed, new_decoder_architecture=True, num_kv_heads=2, **config)
+
+
+def tiny_falcon_old(path: Path, seed: int = 0, **config: object) -> Path:
+    """`tiny_falcon` as the smallest ones are: one half after the other, biases, all heads."""
+    return tiny_falcon(path, seed, multi_query=False, parallel_attn=False, bias=True, **config)
+
+
+def tiny_stablelm(path: Path, seed: int = 0, **config: object) -> Path:
+    """Like `tiny_llama`, with layer norms and heads of which a quarter turns."""
+    settings = _common() | {"num_key_value_heads": 2} | config
+    return _save(StableLmForCausalLM, StableLmConfig(**settings), path, seed)
+
+
+def tiny_stablelm_parallel(path: Path, seed: int = 0, **config: object) -> Path:
+    """`tiny_stablelm` with halves side by side, biases on q, k and v, a norm for each head."""
+    own = {"use_parallel_residual": True, "use_qkv_bias": True, "qk_layernorm": True}
+    return tiny_stablelm(path, seed, **(own | config))
+
+
+def tiny_model(path: Path, kind: str, seed: int = 0, **config: object) -> Path:
+    """A tiny model of any type that transformers knows."""
+    chosen = AutoConfig.for_model(kind, **(_common() | config))
+    return _save(MODEL_FOR_CAUSAL_LM_MAPPING[type(chosen)], chosen, path, seed)
+
+
+def tiny_config(path: Path, kind: str, **config: object) -> Path:
+    """A folder with nothing but the config of a tiny model of any type."""
+    AutoConfig.for_model(kind, **(_common() | config)).save_pretrained(path)
+    return path
 
 
 def tiny_lora(

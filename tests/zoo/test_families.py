@@ -209,8 +209,8 @@ def test_gpt2_with_cross_attention_is_refused(tmp_path: Path):
 
 
 def test_unknown_types_and_activations_are_refused_with_the_known_ones():
-    with pytest.raises(UnsupportedFamily, match=r"'t5' are not supported: .* llama"):
-        family_of("t5")
+    with pytest.raises(UnsupportedFamily, match=r"'t6' are not supported: the transformers"):
+        family_of("t6")
     with pytest.raises(UnsupportedFamily, match="'relu2' is not supported"):
         activation("relu2")
     with pytest.raises(UnsupportedFamily):
@@ -220,5 +220,5 @@ def test_unknown_types_and_activations_are_refused_with_the_known_ones():
 def test_a_depth_that_cannot_be_is_refused_before_anything_is_built(tmp_path: Path):
     config = AutoConfig.for_model("llama", num_hidden_layers=10**9)
     config.save_pretrained(tmp_path)
-    with pytest.raises(BadCheckpoint, match="1000000000 layers"):
+    with pytest.raises(BadCheckpoint, match="'num_hidden_layers': 1000000000"):
         read(tmp_path)

@@ -19,6 +19,7 @@ from zoo.manifest import (
     Activation,
     AttentionSpec,
     EmbedSpec,
+    ForeignSpec,
     HeadSpec,
     MlpSpec,
     ParallelSpec,
@@ -27,7 +28,8 @@ from zoo.manifest import (
 
 # A transformers config: which attributes it has depends on the family.
 Config: TypeAlias = Any
-LayerSpecs: TypeAlias = tuple[AttentionSpec, MlpSpec] | tuple[ParallelSpec]
+LayerSpecs: TypeAlias = tuple[AttentionSpec, MlpSpec] | tuple[ParallelSpec] | tuple[ForeignSpec]
+Shapes: TypeAlias = dict[str, tuple[int, ...]]
 
 TOKENS = "tokens.weight"
 HEAD = "head.weight"
@@ -56,7 +58,8 @@ class Design:
     """A config, read: the specs of the chain and what they leave open.
 
     `biased` are the modules that have a bias ("norm": every norm of the chain). `positions` is the
-    number of learned positions.
+    number of learned positions. `layer_shapes` are the tensors of each layer where its spec does
+    not say them.
     """
 
     embed: EmbedSpec
@@ -66,6 +69,7 @@ class Design:
     tied: bool
     context: int
     positions: int = 0
+    layer_shapes: tuple[Shapes, ...] = ()
 
     @property
     def specs(self) -> tuple[Spec, ...]:
@@ -146,15 +150,16 @@ class Family:
         short = name.removeprefix(self.prefix)
         return any(fnmatchcase(short, pattern) for pattern in self.ignored)
 
-    def shapes(self, design: Design) -> list[dict[str, tuple[int, ...]]]:
+    def shapes(self, design: Design) -> list[Shapes]:
         """The shape of every tensor of every unit, by role. All of them must be in a checkpoint,
         but for one side of a tied head."""
-        units = [_embed_shapes(design)]
-        for layer in design.layers:
-            for table, spec in zip(self.layer_units, layer, strict=True):
-                units.append(_layer_shapes(table, spec, design.biased))
-        units.append(_head_shapes(self.head, design))
-        return units
+        layers = design.layer_shapes or [
+            _layer_shapes(table, spec, design.biased)
+            for layer in design.layers
+            for table, spec in zip(self.layer_units, layer, strict=True)
+            if not isinstance(spec, ForeignSpec)
+        ]
+        return [_embed_shapes(design), *layers, _head_shapes(self.head, design)]
 
 
 def activation(name: str) -> Activation:
@@ -187,7 +192,7 @@ def _layer_shapes(
     spec: AttentionSpec | MlpSpec | ParallelSpec,
     biased: frozenset[str],
 ) -> dict[str, tuple[int, ...]]:
-    vectors, matrices = _sizes(spec)
+    vectors, matrices = layer_sizes(spec)
     shapes: dict[str, tuple[int, ...]] = {}
     for role in table:
         if role in vectors:
@@ -201,13 +206,13 @@ def _layer_shapes(
     return shapes
 
 
-def _sizes(
+def layer_sizes(
     spec: AttentionSpec | MlpSpec | ParallelSpec,
 ) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
     """Widths of the norms that a unit of a layer may have, and (out, in) of its linear layers."""
     if isinstance(spec, ParallelSpec):
-        norms, below = _sizes(spec.attention)
-        return {**norms, "mlp_norm": spec.mlp.hidden}, {**below, **_sizes(spec.mlp)[1]}
+        norms, below = layer_sizes(spec.attention)
+        return {**norms, "mlp_norm": spec.mlp.hidden}, {**below, **layer_sizes(spec.mlp)[1]}
     hidden = spec.hidden
     around = {"norm": hidden, "post_norm": hidden}
     if isinstance(spec, MlpSpec):
