@@ -4,7 +4,7 @@ show."""
 from collections.abc import Sequence
 from pathlib import Path
 
-from zoo.adapters import Adapter
+from zoo.adapters.adapter import CONFIG_NAME, Adapter
 from zoo.catalog import Catalog
 from zoo.errors import BadAdapter, BadSource
 from zoo.manifest import UnitDigest, Variant
@@ -14,8 +14,12 @@ def base_of_adapter(catalog: Catalog, adapter: Adapter, told: str | None) -> Var
     """The base that was told, else the one that the adapter's config names; raises BadAdapter."""
     if told is not None:
         return told_base(catalog, told)
-    wanted = adapter.config.base_model_name_or_path
-    found = [variant for variant in catalog.variants() if wanted and _is_called(variant, wanted)]
+    wanted = adapter.wanted
+    found = [
+        variant
+        for variant in catalog.variants()
+        if wanted and _is_called(variant, wanted) and _is_whole(catalog, variant)
+    ]
     if len({variant.chain for variant in found}) == 1:
         return found[0]
     if found:
@@ -28,8 +32,8 @@ def base_of_adapter(catalog: Catalog, adapter: Adapter, told: str | None) -> Var
 def told_base(catalog: Catalog, name: str) -> Variant:
     """A variant that the user named as a base; an adapter cannot be one."""
     base = catalog.variant(name)
-    if base.kind == "lora":
-        raise BadSource(f"{name!r} is itself an adapter: give --base {base.base}, its own base")
+    if not _is_whole(catalog, base):
+        raise BadSource(f"{name!r} stands itself upon {base.base!r}: give --base {base.base}")
     return base
 
 
@@ -38,7 +42,7 @@ def closest(catalog: Catalog, units: Sequence[UnitDigest], name: str) -> Variant
     wanted = set(units)
     best: tuple[int, Variant] | None = None
     for variant in sorted(catalog.variants(), key=lambda variant: variant.created):
-        if variant.name == name or variant.kind == "lora":
+        if variant.name == name or not _is_whole(catalog, variant):
             continue
         shared = len(wanted.intersection(catalog.chain(variant.chain).units))
         if shared and (best is None or shared > best[0]):
@@ -46,9 +50,12 @@ def closest(catalog: Catalog, units: Sequence[UnitDigest], name: str) -> Variant
     return best[1] if best else None
 
 
+def _is_whole(catalog: Catalog, variant: Variant) -> bool:
+    """Whether it is a model by itself: not an adapter, and nothing is attached to its units."""
+    return CONFIG_NAME not in variant.files and not any(catalog.chain(variant.chain).attachments)
+
+
 def _is_called(variant: Variant, wanted: str) -> bool:
-    if variant.kind == "lora":
-        return False
     path = Path(wanted).expanduser()
     resolved = str(path.resolve()) if path.exists() else wanted
     return wanted in {variant.name, variant.source} or resolved == variant.source

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import msgspec
 
-from zoo.adapters import Adapter, Fit, Ground, Target
-from zoo.catalog import Catalog, Publication
-from zoo.checkpoint import Checkpoint, UnitSource
-from zoo.errors import BadAdapter, BadCheckpoint
+from zoo.adapters.draft import Draft
+from zoo.adapters.ground import Ground
+from zoo.catalog import Publication
+from zoo.errors import BadAdapter
 from zoo.families.registry import family_named
 from zoo.manifest import (
     Attachment,
@@ -21,25 +21,17 @@ from zoo.manifest import (
     ChainDigest,
     EmbedSpec,
     HeadSpec,
-    LowRank,
     ObjectDigest,
     Unit,
     UnitDigest,
     Variant,
     digest,
+    objects_of,
+    virtual_tokens,
 )
 from zoo.sidefiles import borrowed_names
 from zoo.store import Store
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """A variant's name and what of its source lies in the store, under the source's own names."""
-
-    name: str
-    source: str
-    tensors: Mapping[str, ObjectDigest]
-    files: Mapping[str, ObjectDigest]
+from zoo.stored import Stored
 
 
 def ground_of(store: Store, base: Variant, units: Sequence[Unit]) -> Ground:
@@ -47,60 +39,13 @@ def ground_of(store: Store, base: Variant, units: Sequence[Unit]) -> Ground:
     return Ground(
         name=base.name,
         family=family_named(base.family),
-        specs=tuple(unit.spec for unit in units),
+        units=tuple(units),
         shapes=tuple(
             {role: store.info(tensor).shape for role, tensor in unit.tensors.items()}
             for unit in units
         ),
+        store=store,
     )
-
-
-def compose_checkpoint(
-    catalog: Catalog,
-    checkpoint: Checkpoint,
-    units: Sequence[Unit],
-    stored: Stored,
-    base: Variant | None,
-) -> tuple[Variant, Chain]:
-    """A whole model: a base of its own, or a partial or full fine-tune of `base`."""
-    digests = [unit_digest(unit) for unit in units]
-    shared = 0
-    if base is not None:
-        theirs = catalog.chain(base.chain).units
-        if len(theirs) != len(digests) or base.hidden != checkpoint.design.embed.hidden:
-            raise BadCheckpoint(
-                f"{stored.source} was not made from {base.name!r}: they differ in depth or width"
-            )
-        shared = sum(unit in set(theirs) for unit in digests)
-    changed = len(digests) - shared
-    chain = Chain(tuple(digests), (None,) * len(digests))
-    variant = Variant(
-        name=stored.name,
-        chain=chain_digest(chain),
-        family=checkpoint.family.name,
-        kind="base" if base is None else "partial" if shared >= changed else "full",
-        store="exact",
-        base=base.name if base else None,
-        source=stored.source,
-        created=time.time(),
-        hidden=checkpoint.design.embed.hidden,
-        vocabulary=checkpoint.design.head.vocabulary,
-        context=checkpoint.design.context,
-        dtype=checkpoint.dtype,
-        eos=checkpoint.eos,
-        files=dict(stored.files),
-        tensors=dict(stored.tensors),
-        report={"shared": shared, "changed": changed, "attached": 0},
-    )
-    return (_with_files_of(base, variant) if base else variant), chain
-
-
-def compose_units(sources: Sequence[UnitSource], tensors: Mapping[str, ObjectDigest]) -> list[Unit]:
-    """The units of a whole model."""
-    return [
-        Unit(source.spec, {role: tensors[name] for role, name in source.names.items()})
-        for source in sources
-    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,28 +57,31 @@ class Tuned:
 
 
 def compose_tuned(
-    base_units: Sequence[Unit], fitted: Fit, tensors: Mapping[str, ObjectDigest]
+    base_units: Sequence[Unit], draft: Draft, tensors: Mapping[str, ObjectDigest]
 ) -> Tuned:
-    """Put a fitted adapter's tensors upon its base's units."""
+    """Put a placed adapter's tensors upon its base's units."""
     units = [
-        _with_whole(unit, fitted.whole.get(index, {}), tensors, fitted.vocabulary)
+        _with_whole(unit, draft.whole.get(index, {}), tensors, draft.vocabulary)
         for index, unit in enumerate(base_units)
     ]
-    attachments = [
-        _attachment(fitted.targets.get(index, ()), tensors) for index in range(len(base_units))
-    ]
-    return Tuned(units, attachments)
+    return Tuned(units, [draft.settle(index, tensors) for index in range(len(base_units))])
 
 
 def compose_adapter(
-    adapter: Adapter, base: Variant, base_units: Sequence[Unit], tuned: Tuned, stored: Stored
+    kind: str, base: Variant, base_units: Sequence[Unit], tuned: Tuned, stored: Stored
 ) -> tuple[Variant, Chain]:
-    """A LoRA variant of `base`; raises BadAdapter if it changes nothing."""
+    """A variant of `base`; raises BadAdapter if it changes nothing or leaves no token room."""
     attached = sum(attachment is not None for attachment in tuned.attachments)
     shared = sum(unit == theirs for unit, theirs in zip(tuned.units, base_units, strict=True))
     changed = len(base_units) - shared
     if not attached and not changed:
-        raise BadAdapter(f"{adapter.source} changes nothing: all its low-rank pieces are zero")
+        raise BadAdapter(f"{stored.source} changes nothing of {base.name!r}: it has no effect")
+    context = base.context - virtual_tokens(tuned.attachments)
+    if context < 1:
+        raise BadAdapter(
+            f"{stored.source} puts {base.context - context} virtual tokens before a request, and "
+            f"{base.name!r} holds {base.context} in all: none would be left"
+        )
     chain = Chain(
         tuple(unit_digest(unit) for unit in tuned.units),
         tuple(attachment and attachment_digest(attachment) for attachment in tuned.attachments),
@@ -143,16 +91,21 @@ def compose_adapter(
         base,
         name=stored.name,
         chain=chain_digest(chain),
-        kind="lora",
+        kind=kind,
         base=base.name,
         source=stored.source,
         created=time.time(),
+        store="exact",
+        measured=None,
+        bound=None,
+        golden=None,
+        context=context,
         vocabulary=head.vocabulary if isinstance(head, HeadSpec) else base.vocabulary,
         files=dict(stored.files),
         tensors=dict(stored.tensors),
         report={"shared": shared, "changed": changed, "attached": attached},
     )
-    return _with_files_of(base, variant), chain
+    return with_files_of(base, variant), chain
 
 
 def publication_of(store: Store, variant: Variant, chain: Chain, tuned: Tuned) -> Publication:
@@ -161,6 +114,7 @@ def publication_of(store: Store, variant: Variant, chain: Chain, tuned: Tuned) -
     present = [attachment for attachment in tuned.attachments if attachment]
     used = {*variant.files.values(), *variant.tensors.values()}
     used.update(tensor for unit in units for tensor in unit.tensors.values())
+    used.update(tensor for attachment in present for tensor in objects_of(attachment))
     return Publication(
         variant=variant,
         chain=chain,
@@ -185,7 +139,7 @@ def chain_digest(chain: Chain) -> ChainDigest:
     return ChainDigest(digest(chain))
 
 
-def _with_files_of(base: Variant, variant: Variant) -> Variant:
+def with_files_of(base: Variant, variant: Variant) -> Variant:
     """The variant, with what it needs for serving and did not bring, such as a tokenizer."""
     borrowed = borrowed_names(set(variant.files), set(base.files))
     return msgspec.structs.replace(
@@ -204,14 +158,3 @@ def _with_whole(
     if isinstance(spec, EmbedSpec | HeadSpec):
         spec = msgspec.structs.replace(spec, vocabulary=vocabulary)
     return Unit(spec, unit.tensors | {role: tensors[name] for role, name in whole.items()})
-
-
-def _attachment(targets: Sequence[Target], tensors: Mapping[str, ObjectDigest]) -> Attachment | None:
-    if not targets:
-        return None
-    return Attachment(
-        tuple(
-            LowRank(target.role, tensors[target.a], tensors[target.b], target.rank, target.scale)
-            for target in sorted(targets, key=lambda target: target.role)
-        )
-    )

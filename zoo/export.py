@@ -1,37 +1,50 @@
-"""Writing a variant back as what it came from: a folder that transformers or peft loads, bit-equal.
+"""Writing a variant back as what it came from: a folder that transformers, peft or the `adapters`
+library loads, bit-equal; a sum of adapters as one LoRA of peft; what is stored approximately as it
+is served.
 
 The folder is made beside its final place and renamed once it is whole.
 """
 
 import contextlib
-import os
 import secrets
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
+from zoo.adapters.adapter import CONFIG_NAME, HEAD_STEM, LIBRARY_STEM, STEM
+from zoo.adapters.summed import lora_of
 from zoo.catalog import Catalog
-from zoo.errors import BadName, BadSource, DiskFull, StoreFailure
-from zoo.manifest import ObjectDigest, Variant
+from zoo.errors import BadName, BadSource, DiskFull, StoreFailure, UnsupportedOption
+from zoo.families.registry import family_named
+from zoo.manifest import Variant
 from zoo.progress import Progress
 from zoo.store import NO_ROOM, Store
-from zoo.tensorfile import ALIGNMENT, ITEM_BYTES, Entry
+from zoo.weighted import KIND as SUM
+from zoo.weights import SourceTensor
+from zoo.writer import write_tensors
 
 
 def export(root: Path, name: str, target: Path, progress: Progress) -> Path:
     """Write the variant to the folder `target`, which must be absent or empty; returns it."""
+    store = Store(root)
     with contextlib.closing(Catalog(root)) as catalog:
         variant = catalog.variant(name)
+        files = _made_files(catalog, store, variant, progress)
+    if not files and not variant.tensors:
+        raise UnsupportedOption(
+            f"{name} has a shape that no config of {variant.family} can say: it is served only"
+        )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise BadSource(f"{target} exists already and is not empty: give a folder that does not")
     target = target.absolute()
     draft = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
     try:
         draft.mkdir(parents=True)
-        _write_files(Store(root), variant, draft)
-        stem = "adapter_model" if variant.kind == "lora" else "model"
-        _write_tensors(Store(root), variant.tensors, draft / f"{stem}.safetensors", progress)
+        _write_files(store, variant, draft)
+        for stem, tensors in (files or _files(store, variant, progress)).items():
+            write_tensors(draft / f"{stem}.safetensors", tensors, progress)
         if target.exists():
             target.rmdir()
         draft.rename(target)
@@ -53,24 +66,53 @@ def _write_files(store: Store, variant: Variant, folder: Path) -> None:
         (folder / name).write_bytes(store.blob(digest))
 
 
-def _write_tensors(
-    store: Store, tensors: dict[str, ObjectDigest], path: Path, progress: Progress
-) -> None:
-    """One safetensors file; wide elements first, so that every tensor is aligned to its own."""
-    infos = {name: store.info(digest) for name, digest in tensors.items()}
-    order = sorted(tensors, key=lambda name: (-ITEM_BYTES[infos[name].dtype], name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for name in order:
-        info = infos[name]
-        header[name] = Entry(info.dtype, info.shape, (position, position + info.nbytes))
-        position += info.nbytes
-    text = msgspec.json.encode(header)
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    with path.open("xb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in progress.track(order, "exporting"):
-            store.verify(tensors[name])
-            file.write(store.tensor(tensors[name]).data)
-        file.flush()
-        os.fsync(file.fileno())
+def _files(
+    store: Store, variant: Variant, progress: Progress
+) -> Mapping[str, Mapping[str, SourceTensor]]:
+    """The weights' files by their stem, every tensor hashed again. A library's saved head has a
+    file of its own."""
+    files: dict[str, dict[str, SourceTensor]] = {_stem(store, variant): {}}
+    (main,) = files
+    for name, digest in progress.track(list(variant.tensors.items()), "verifying"):
+        store.verify(digest)
+        stored = store.tensor(digest)
+        head, _, short = name.rpartition(f"{HEAD_STEM}/")
+        apart = short != name and not head
+        files.setdefault(HEAD_STEM if apart else main, {})[short if apart else name] = SourceTensor(
+            stored.dtype, stored.shape, stored.data
+        )
+    return files
+
+
+def _stem(store: Store, variant: Variant) -> str:
+    """What the source's weights were called."""
+    config = variant.files.get(CONFIG_NAME)
+    if config is None:
+        return "model"
+    is_peft = "peft_type" in msgspec.json.decode(store.blob(config), type=dict)
+    return STEM if is_peft else LIBRARY_STEM
+
+
+def _made_files(
+    catalog: Catalog, store: Store, variant: Variant, progress: Progress
+) -> Mapping[str, Mapping[str, SourceTensor]] | None:
+    """Weights' files that are made anew, where those of the source are not what is served."""
+    if variant.kind == SUM:
+        return _sum_files(catalog, store, variant)
+    if variant.store == "delta":
+        # Merging brings torch along.
+        from zoo.merge import merged_tensors
+
+        return {"model": merged_tensors(catalog, store, variant, progress)}
+    return None
+
+
+def _sum_files(
+    catalog: Catalog, store: Store, variant: Variant
+) -> Mapping[str, Mapping[str, SourceTensor]]:
+    chain = catalog.chain(variant.chain)
+    units = [catalog.unit(digest) for digest in chain.units]
+    attachments = [
+        None if digest is None else catalog.attachment(digest) for digest in chain.attachments
+    ]
+    return {STEM: lora_of(store, family_named(variant.family), units, attachments)[1]}

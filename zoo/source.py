@@ -1,18 +1,23 @@
-"""What `add` was given: a transformers folder, a PEFT folder, a `.gguf` file, or a hub id."""
+"""What `add` was given: a transformers folder, a PEFT folder, a `.gguf` file, a hub id, or a sum
+of variants."""
 
 from pathlib import Path
 
-from zoo.adapters import Adapter, is_adapter, read_adapter
+from zoo.adapters.adapter import Adapter, is_adapter, read_adapter
 from zoo.checkpoint import Checkpoint, read_checkpoint
 from zoo.errors import BadSource
 from zoo.hub import download, is_hub_id
+from zoo.weighted import Sum, read_sum
 
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 
-def read_source(source: str, dtype: str) -> Checkpoint | Adapter:
+def read_source(source: str, dtype: str) -> Checkpoint | Adapter | Sum:
     """Read a source of any kind; `dtype` is what a `.gguf` is stored as. Raises a ZooError."""
     path = Path(source).expanduser()
+    asked = read_sum(source)
+    if asked is not None:
+        return asked
     if path.is_dir():
         return _read_folder(path, str(path.resolve()))
     if path.is_file():

@@ -114,10 +114,23 @@ def test_one_changed_norm_costs_one_small_tensor(
     before = len(list(Store(root).digests()))
     tuned = builders.fine_tune(tmp_path / "t", checkpoints / "llama", ["2.input_layernorm"])
     variant = put("norm", tuned)
-    assert variant.report == {"shared": 9, "changed": 1, "attached": 0}
+    assert variant.kind == "norm"
+    assert variant.report == {"shared": 10, "changed": 0, "attached": 1}
     files = {path.name for path in tuned.iterdir()} - {"model.safetensors"}
     added = len(list(Store(root).digests())) - before
     assert added <= 1 + len(files)
+
+
+def test_a_bias_only_tune_shares_every_unit(
+    root: Path, put: Adder, tmp_path: Path, checkpoints: Path
+):
+    put("base", checkpoints / "gpt2")
+    tuned = builders.fine_tune(tmp_path / "t", checkpoints / "gpt2", [".bias"])
+    variant = put("bias", tuned)
+    assert variant.kind == "bias"
+    assert variant.report == {"shared": 10, "changed": 0, "attached": 9}
+    assert variant.golden is not None
+    assert_same_tensors(tuned, export(root, "bias", tmp_path / "out", Quiet()))
 
 
 def test_the_same_model_twice_is_stored_once(root: Path, put: Adder, checkpoints: Path):
@@ -145,9 +158,7 @@ def test_a_name_must_look_like_one(put: Adder, checkpoints: Path, name: str):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"store": "delta"}, "delta is not available in this version"),
-        ({"store": "equivalent", "min_agreement": 0.9}, "equivalent is not available"),
-        ({"store": "what"}, "unknown"),
+        ({"store": "what"}, "exact, delta or equivalent"),
         ({"min_agreement": 0.9}, "only valid with"),
         ({"dtype": "int8"}, "float32, bfloat16, float16"),
     ],
