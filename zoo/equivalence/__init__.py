@@ -1,0 +1,1 @@
+"""How alike models are: weights, then behaviour on held-out text, and what may replace what."""
