@@ -1,20 +1,20 @@
 """The catalog: which variants exist, and the manifests that say what they are made of.
 
-One SQLite file in write-ahead mode: many readers, one writer (who holds `zoo.lock`), one
-transaction per change, and objects are on disk before a transaction names them. Rows of a removed
-variant stay until the sweep, so what is being served goes on reading them.
+A name means the newest of its numbered versions; an alias is a name that stays with one version.
+Objects are on disk before a transaction names them. Rows of a removed variant stay until the sweep,
+so what is being served goes on reading them.
 """
 
 import contextlib
-import os
 import sqlite3
 from collections.abc import Generator, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Self, TypeVar
 
 import msgspec
 
-from zoo.errors import DamagedCatalog, DiskFull, NameTaken, StoreFailure, UnknownVariant
+from zoo.database import FILE_NAME, Database
+from zoo.errors import DamagedCatalog, NameTaken, UnknownVariant
 from zoo.manifest import (
     Attachment,
     AttachmentDigest,
@@ -26,23 +26,10 @@ from zoo.manifest import (
     Variant,
     canonical,
 )
+from zoo.schema import MANIFESTS, sha256
 from zoo.store import ObjectInfo
 
-FORMAT = 1
-FILE_NAME = "catalog.sqlite"
-
-_SCHEMA = """
-CREATE TABLE variants (
-    name TEXT PRIMARY KEY, chain TEXT NOT NULL, manifest BLOB NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE chains (digest TEXT PRIMARY KEY, manifest BLOB NOT NULL) WITHOUT ROWID;
-CREATE TABLE units (digest TEXT PRIMARY KEY, manifest BLOB NOT NULL) WITHOUT ROWID;
-CREATE TABLE attachments (digest TEXT PRIMARY KEY, manifest BLOB NOT NULL) WITHOUT ROWID;
-CREATE TABLE objects (
-    digest TEXT PRIMARY KEY, dtype TEXT NOT NULL, shape TEXT NOT NULL, nbytes INTEGER NOT NULL
-) WITHOUT ROWID;
-"""
-_MANIFESTS = ("chains", "units", "attachments")
+__all__ = ["FILE_NAME", "Alias", "Catalog", "Publication", "Version", "name_taken"]
 
 Manifest = TypeVar("Manifest")
 
@@ -57,35 +44,99 @@ class Publication(msgspec.Struct, frozen=True):
     objects: dict[ObjectDigest, ObjectInfo]
 
 
+class Version(msgspec.Struct, frozen=True):
+    """What a name meant from one `publish` to the next. `is_there` until the sweep frees it."""
+
+    name: str
+    number: int
+    chain: ChainDigest
+    source: str
+    created: float
+    is_there: bool
+
+    @property
+    def reference(self) -> str:
+        """What addresses it."""
+        return f"{self.name}@{self.number}"
+
+
+class Alias(msgspec.Struct, frozen=True):
+    """A name that stays with one version of another name."""
+
+    alias: str
+    name: str
+    number: int
+
+    @property
+    def reference(self) -> str:
+        """The version that it stays with."""
+        return f"{self.name}@{self.number}"
+
+
 class Catalog:
     """The zoo's catalog. Read-only, it takes a file that does not exist yet for an empty one."""
 
     def __init__(self, root: Path, *, writable: bool = False) -> None:
         self.root = root
-        self.path = root / FILE_NAME
-        self._writable = writable
-        self._connection: sqlite3.Connection | None = None
-        self._file: tuple[int, int] | None = None
-        self._generation = 0
+        self.database = Database(root, writable=writable)
 
     # ---- reading --------------------------------------------------------------------------------
 
     def variants(self) -> list[Variant]:
-        """All variants by name."""
-        rows = self._rows("SELECT manifest FROM variants ORDER BY name")
+        """All variants by name, each as it is now."""
+        rows = self.database.rows("SELECT manifest FROM variants ORDER BY name")
         return [_decode(row[0], Variant) for row in rows]
 
-    def variant(self, name: str) -> Variant:
-        """One variant; raises UnknownVariant, which names those there are."""
-        rows = self._rows("SELECT manifest FROM variants WHERE name = ?", name)
-        if rows:
-            return _decode(rows[0][0], Variant)
-        known = [
-            str(row[0]) for row in self._rows("SELECT name FROM variants ORDER BY name LIMIT 9")
-        ]
-        listing = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
-        there = f"there are {listing}" if known else "the zoo is empty"
-        raise UnknownVariant(f"no variant is called {name!r} in {self.root}: {there}")
+    def served(self) -> list[Variant]:
+        """All variants, and under each alias the version that it stays with."""
+        rows = self.database.rows(
+            "SELECT name, manifest FROM variants UNION ALL "
+            "SELECT alias, manifest FROM aliases JOIN versions USING (name, number) "
+            "WHERE manifest IS NOT NULL ORDER BY 1"
+        )
+        return [_renamed(_decode(manifest, Variant), str(name)) for name, manifest in rows]
+
+    def variant(self, reference: str) -> Variant:
+        """The variant of a NAME, of an alias, or of NAME@N, an older version; it bears the name
+        that was asked for. Raises UnknownVariant, which names those there are."""
+        rows = self.database.rows(
+            "SELECT manifest FROM versions WHERE name = ? AND number = ?",
+            *self._pinned(reference),
+        )
+        if not rows:
+            raise self._unknown(reference)
+        if rows[0][0] is None:
+            raise UnknownVariant(f"{reference!r} has been swept away: add it again")
+        return _renamed(_decode(rows[0][0], Variant), reference)
+
+    def versions(self, name: str | None = None) -> list[Version]:
+        """All that a name ever meant, or all names, oldest first."""
+        chosen, values = ("", ()) if name is None else ("WHERE name = ?", (name,))
+        rows = self.database.rows(
+            "SELECT name, number, chain, source, created, manifest IS NOT NULL FROM versions "
+            f"{chosen} ORDER BY name, number",
+            *values,
+        )
+        return [Version(*row[:5], is_there=bool(row[5])) for row in rows]
+
+    def aliases(self) -> list[Alias]:
+        """All aliases by name."""
+        rows = self.database.rows("SELECT alias, name, number FROM aliases ORDER BY alias")
+        return [Alias(*row) for row in rows]
+
+    def alias(self, alias: str) -> Alias:
+        """One alias; raises UnknownVariant."""
+        rows = self.database.rows("SELECT alias, name, number FROM aliases WHERE alias = ?", alias)
+        if not rows:
+            raise UnknownVariant(f"there is no alias {alias!r} in {self.root}")
+        return Alias(*rows[0])
+
+    def check_free(self, name: str, *, replace: bool) -> None:
+        """Refuse a name under which nothing may be published; raises NameTaken."""
+        if any(alias.alias == name for alias in self.aliases()):
+            raise NameTaken(f"{name!r} is an alias: remove the alias or use another name")
+        if not replace and self.database.rows("SELECT 1 FROM variants WHERE name = ?", name):
+            raise name_taken(name)
 
     def chain(self, digest: ChainDigest) -> Chain:
         """A chain by its digest; raises DamagedCatalog if it is not there."""
@@ -101,7 +152,7 @@ class Catalog:
 
     def objects(self) -> dict[ObjectDigest, ObjectInfo]:
         """All objects that a manifest or a variant names, or named before the last sweep."""
-        rows = self._rows("SELECT digest, dtype, shape, nbytes FROM objects")
+        rows = self.database.rows("SELECT digest, dtype, shape, nbytes FROM objects")
         return {
             ObjectDigest(digest): ObjectInfo(
                 dtype, msgspec.json.decode(shape, type=tuple[int, ...]), nbytes
@@ -111,27 +162,26 @@ class Catalog:
 
     def version(self) -> int:
         """A number that changes whenever another process has changed the catalog; 0 without one."""
-        rows = self._rows("PRAGMA data_version")
-        return (self._generation << 32) | int(rows[0][0]) if rows else 0
+        return self.database.version()
+
+    @contextlib.contextmanager
+    def snapshot(self) -> Generator[Self]:
+        """One look: all that is read within belongs together. The file is closed at its end."""
+        with contextlib.closing(self), self.database.snapshot():
+            yield self
 
     def close(self) -> None:
         """Close the file; the next use opens it again."""
-        if self._connection is not None:
-            self._connection.close()
-        self._connection = None
-        self._file = None
+        self.database.close()
 
     # ---- writing: the caller holds the writer's lock --------------------------------------------
 
     def publish(self, publication: Publication, *, replace: bool = False) -> None:
-        """Make a variant known, all at once. Raises NameTaken unless `replace`."""
+        """Make a variant known, all at once: the next version of its name. Raises NameTaken for the
+        name of an alias, and unless `replace` for one that has a meaning."""
         variant = publication.variant
-        with self._transaction() as connection:
-            taken = connection.execute(
-                "SELECT 1 FROM variants WHERE name = ?", (variant.name,)
-            ).fetchone()
-            if taken and not replace:
-                raise name_taken(variant.name)
+        with self.database.transaction() as connection:
+            self.check_free(variant.name, replace=replace)
             _insert(connection, "chains", [(variant.chain, publication.chain)])
             _insert(connection, "units", publication.units.items())
             _insert(connection, "attachments", publication.attachments.items())
@@ -142,121 +192,113 @@ class Catalog:
                     for digest, info in publication.objects.items()
                 ],
             )
-            connection.execute(
-                "INSERT OR REPLACE INTO variants VALUES (?, ?, ?)",
-                (variant.name, variant.chain, canonical(variant)),
-            )
+            _insert_version(connection, variant)
 
     def remove(self, name: str) -> Variant:
-        """Forget a name; its manifests and objects stay until the sweep. Raises UnknownVariant."""
+        """Forget a name; its manifests and objects stay until the sweep, those of versions that an
+        alias stays with for good. Raises UnknownVariant."""
         variant = self.variant(name)
-        with self._transaction() as connection:
+        with self.database.transaction() as connection:
+            if not _is_name(connection, name):
+                raise UnknownVariant(f"{name!r} is no variant's own name: give that of a variant")
             connection.execute("DELETE FROM variants WHERE name = ?", (name,))
         return variant
 
-    def prune(self, reached: Iterable[str]) -> None:
-        """Forget every chain, unit, attachment and object whose digest is not among `reached`."""
+    def set_alias(self, alias: str, reference: str) -> Alias:
+        """Let an alias stay with the version that a reference means now. Raises NameTaken for a
+        variant's name, and UnknownVariant."""
+        self.variant(reference)
+        name, number = self._pinned(reference)
+        with self.database.transaction() as connection:
+            if _is_name(connection, alias):
+                raise NameTaken(f"{alias!r} is a variant: remove it or choose another alias")
+            connection.execute(
+                "INSERT OR REPLACE INTO aliases VALUES (?, ?, ?)", (alias, name, number)
+            )
+        return Alias(alias, name, number)
+
+    def remove_alias(self, alias: str) -> None:
+        """Forget an alias; raises UnknownVariant."""
+        self.alias(alias)
+        with self.database.transaction() as connection:
+            connection.execute("DELETE FROM aliases WHERE alias = ?", (alias,))
+
+    def prune(self, reached: Iterable[str], versions: Iterable[Version] = ()) -> None:
+        """Forget every chain, unit, attachment and object whose digest is not among `reached`, and
+        the manifests of the given versions."""
         keep = set(reached)
-        with self._transaction() as connection:
-            for table in (*_MANIFESTS, "objects"):
+        with self.database.transaction() as connection:
+            for table in (*MANIFESTS, "objects"):
                 known = [row[0] for row in connection.execute(f"SELECT digest FROM {table}")]
                 connection.executemany(
                     f"DELETE FROM {table} WHERE digest = ?",
                     [(digest,) for digest in known if digest not in keep],
                 )
+            connection.executemany(
+                "UPDATE versions SET manifest = NULL WHERE name = ? AND number = ?",
+                [(version.name, version.number) for version in versions],
+            )
 
-    # ---- the connection -------------------------------------------------------------------------
+    # ---- looking things up ----------------------------------------------------------------------
+
+    def _pinned(self, reference: str) -> tuple[str, int]:
+        """Name and number of the version that a reference means; no version has the number 0."""
+        name, at, number = reference.rpartition("@")
+        if at and number.isdecimal() and len(number) < 10:
+            return name, int(number)
+        rows = self.database.rows(
+            "SELECT name, number FROM aliases WHERE alias = ?1 UNION ALL "
+            "SELECT name, MAX(number) FROM variants JOIN versions USING (name) WHERE name = ?1 "
+            "GROUP BY name",
+            reference,
+        )
+        return (str(rows[0][0]), int(rows[0][1])) if rows else (reference, 0)
+
+    def _unknown(self, reference: str) -> UnknownVariant:
+        known = [
+            str(row[0])
+            for row in self.database.rows(
+                "SELECT name FROM variants UNION SELECT alias FROM aliases ORDER BY 1 LIMIT 9"
+            )
+        ]
+        listing = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
+        there = f"there are {listing}" if known else "the zoo is empty"
+        return UnknownVariant(f"no variant is called {reference!r} in {self.root}: {there}")
 
     def _manifest(self, table: str, digest: str, kind: type[Manifest]) -> Manifest:
-        rows = self._rows(f"SELECT manifest FROM {table} WHERE digest = ?", digest)
+        rows = self.database.rows(f"SELECT manifest FROM {table} WHERE digest = ?", digest)
         if not rows:
             raise DamagedCatalog(f"the catalog of {self.root} has no {digest} among its {table}")
         return _decode(rows[0][0], kind)
-
-    def _rows(self, statement: str, *values: str) -> list[tuple[Any, ...]]:
-        connection = self._connect()
-        if connection is None:
-            return []
-        try:
-            return connection.execute(statement, values).fetchall()
-        except sqlite3.Error as error:
-            raise DamagedCatalog(f"the catalog {self.path} cannot be read: {error}") from error
-
-    def _connect(self) -> sqlite3.Connection | None:
-        """The connection to the file that is there now: it may appear, vanish or be replaced."""
-        try:
-            status = os.stat(self.path)
-        except FileNotFoundError:
-            self.close()
-            if not self._writable:
-                return None
-        else:
-            if self._connection is not None and self._file == (status.st_dev, status.st_ino):
-                return self._connection
-            self.close()
-        try:
-            connection = self._create() if self._writable else self._open("ro")
-            user_version = connection.execute("PRAGMA user_version").fetchone()[0]
-        except sqlite3.Error as error:
-            raise DamagedCatalog(f"the catalog {self.path} cannot be opened: {error}") from error
-        if user_version == 0:
-            connection.close()
-            return None
-        if user_version != FORMAT:
-            connection.close()
-            raise DamagedCatalog(
-                f"the catalog {self.path} has format {user_version}, this version reads {FORMAT}: "
-                "use the version that wrote it"
-            )
-        status = os.stat(self.path)
-        self._connection, self._file = connection, (status.st_dev, status.st_ino)
-        self._generation += 1
-        return connection
-
-    def _open(self, mode: str) -> sqlite3.Connection:
-        return sqlite3.connect(
-            f"{self.path.absolute().as_uri()}?mode={mode}",
-            uri=True,
-            timeout=30.0,
-            isolation_level=None,
-            check_same_thread=False,
-        )
-
-    def _create(self) -> sqlite3.Connection:
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreFailure(f"{self.root} cannot be made: {error.strerror}") from error
-        connection = self._open("rwc")
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
-        if connection.execute("PRAGMA user_version").fetchone()[0] == 0:
-            connection.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version = {FORMAT};COMMIT;")
-        return connection
-
-    @contextlib.contextmanager
-    def _transaction(self) -> Generator[sqlite3.Connection]:
-        connection = self._connect()
-        if connection is None:
-            raise StoreFailure(f"the catalog {self.path} cannot be written")
-        try:
-            connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield connection
-                connection.execute("COMMIT")
-            except BaseException:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
-                raise
-        except sqlite3.Error as error:
-            if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
-                raise DiskFull(f"there is no room for the catalog in {self.root}") from error
-            raise StoreFailure(f"the catalog {self.path} cannot be written: {error}") from error
 
 
 def name_taken(name: str) -> NameTaken:
     """The refusal to overwrite a variant."""
     return NameTaken(f"a variant is already called {name!r}: use --replace or another name")
+
+
+def _is_name(connection: sqlite3.Connection, name: str) -> bool:
+    found = connection.execute("SELECT 1 FROM variants WHERE name = ?", (name,))
+    return found.fetchone() is not None
+
+
+def _insert_version(connection: sqlite3.Connection, variant: Variant) -> None:
+    manifest = canonical(variant)
+    connection.execute(
+        "INSERT INTO versions SELECT ?1, COALESCE(MAX(number), 0) + 1, ?2, ?3, ?4, ?5, ?6 "
+        "FROM versions WHERE name = ?1",
+        (
+            variant.name,
+            variant.chain,
+            variant.source,
+            variant.created,
+            sha256(manifest),
+            manifest,
+        ),
+    )
+    connection.execute(
+        "INSERT OR REPLACE INTO variants VALUES (?, ?, ?)", (variant.name, variant.chain, manifest)
+    )
 
 
 def _insert(
@@ -266,6 +308,10 @@ def _insert(
         f"INSERT OR IGNORE INTO {table} VALUES (?, ?)",
         [(digest, canonical(value)) for digest, value in manifests],
     )
+
+
+def _renamed(variant: Variant, name: str) -> Variant:
+    return variant if variant.name == name else msgspec.structs.replace(variant, name=name)
 
 
 def _decode(data: bytes, kind: type[Manifest]) -> Manifest:

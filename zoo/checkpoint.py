@@ -12,14 +12,16 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from zoo.bounds import MAX_LAYERS, check_bounds
 from zoo.errors import BadCheckpoint, UnsupportedFamily, ZooError
 from zoo.families.family import HEAD, TOKENS, Config, Design, Family, Place
 from zoo.families.registry import family_of
 from zoo.manifest import Spec
 from zoo.sidefiles import read_side_files
+from zoo.strictjson import check_json
 from zoo.weights import FLOATS, SourceTensor, read_weights
 
-MAX_LAYERS = 1024
+MAX_TYPE_NAME = 100
 DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -79,7 +81,11 @@ def read_config(folder: Path, source: str) -> tuple[Family, Design]:
     path = folder / "config.json"
     if not path.is_file():
         raise BadCheckpoint(f"{source} has no config.json")
-    head = _decode(path.read_bytes(), _ConfigHead, "config.json", source)
+    data = path.read_bytes()
+    head = _decode(data, _ConfigHead, "config.json", source)
+    check_bounds(check_json(data), source)
+    if len(head.model_type) > MAX_TYPE_NAME:
+        raise BadCheckpoint(f"the model_type that {source} names has no name's length")
     if head.quantization_config:
         raise UnsupportedFamily(
             f"{source} is quantized ({head.quantization_config.get('quant_method', 'unknown')}): "
@@ -180,7 +186,7 @@ def _check_complete(
 
 def _decode(data: bytes, kind: type[Kind], name: str, source: str) -> Kind:
     try:
-        return msgspec.json.decode(data, type=kind)
+        return msgspec.convert(check_json(data), kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BadCheckpoint(f"the {name} of {source} is not valid: {error}") from error
 

@@ -33,6 +33,10 @@ class BadAdapter(ZooError):
     """An adapter is damaged, unsupported, without effect, or made for another base."""
 
 
+class NotEqual(ZooError):
+    """A new variant's chain does not compute what its source computes; nothing was published."""
+
+
 class BadTensorFile(ZooError):
     """A safetensors file breaks the format."""
 
@@ -45,6 +49,10 @@ class UnsupportedOption(ZooError):
     """An option, or a combination of options, that this version does not offer."""
 
 
+class Incomparable(ZooError):
+    """Two variants that nothing can, or may, be measured between."""
+
+
 class MissingObject(ZooError):
     """The store holds no object of that digest."""
 
@@ -55,6 +63,10 @@ class DamagedObject(ZooError):
 
 class DamagedCatalog(ZooError):
     """The catalog cannot be read, or was written by a newer version."""
+
+
+class BadDelivery(ZooError):
+    """What another zoo sends is not what it is said to be; it was not taken."""
 
 
 class StoreFailure(ZooError):

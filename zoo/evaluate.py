@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from zoo.adapters import is_adapter
+from zoo.adapters.adapter import is_adapter
 from zoo.practice import Row
 from zoo.progress import Progress
 from zoo.tasks import Question, Task

@@ -17,6 +17,7 @@ from zoo.checkpoint import Checkpoint, design_of, read_eos
 from zoo.errors import BadCheckpoint, ZooError
 from zoo.families.family import Family
 from zoo.families.registry import family_of
+from zoo.ggufhead import check_head
 from zoo.sidefiles import read_side_files
 from zoo.weights import SourceTensor
 
@@ -24,15 +25,12 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-MAGIC = b"GGUF"
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 def read_gguf(path: Path, dtype: str) -> Checkpoint:
     """Read a `.gguf` of a known family; `dtype` is a key of DTYPES. Raises a ZooError."""
-    with path.open("rb") as file:
-        if file.read(len(MAGIC)) != MAGIC:
-            raise BadCheckpoint(f"{path} is not a GGUF file: it does not start with 'GGUF'")
+    check_head(path)
     # transformers' own bar is of use on a terminal only.
     hush = nullcontext() if sys.stderr.isatty() else redirect_stderr(StringIO())
     try:

@@ -1,29 +1,34 @@
 """What the listing commands say, as plain records: also the documented form of their --json
 output."""
 
-import contextlib
 from collections import Counter
 from pathlib import Path
 
 import msgspec
 
 from zoo.catalog import FILE_NAME, Catalog
-from zoo.manifest import ObjectDigest, UnitDigest, Variant, digest
+from zoo.families.registry import is_native
+from zoo.manifest import AttachmentDigest, ObjectDigest, UnitDigest, Variant, digest
 from zoo.partition import cut, partition
 from zoo.reach import Footprint, Reach
 from zoo.store import Store
 
 
 class VariantRow(msgspec.Struct, frozen=True):
-    """A line of `list`. Bytes count stored tensors and files: `own_bytes` those that no other
-    variant uses, `shared_bytes` the rest. `units` and `blocks` count those of its chain; `shared`,
-    `changed` and `attached` are units: equal to the base's, different from it, and with an
-    attachment."""
+    """A line of `list`: a variant, or an alias that stays with an older version. `reference` is the
+    version, NAME@N; `aliases` are those that mean the same. Bytes count tensors, as large as they
+    are served, and files: `own_bytes` those that no other line uses, `shared_bytes` the rest.
+    `units` and `blocks` count those of its chain; `shared`, `changed` and `attached` are units:
+    equal to the base's, different from it, and with an attachment. `is_native`: all its arithmetic
+    is ours; else its layers run through transformers'."""
 
     name: str
+    reference: str
+    aliases: list[str]
     kind: str
     base: str | None
     family: str
+    is_native: bool
     dtype: str
     context: int
     units: int
@@ -38,14 +43,15 @@ class VariantRow(msgspec.Struct, frozen=True):
 
 
 class UnitRow(msgspec.Struct, frozen=True):
-    """A unit of a chain in `show`: what it is, whether an attachment stands upon it, who else uses
-    it."""
+    """A unit of a chain in `show`: what it is, the attachment upon it and the kinds of its pieces,
+    who else uses the unit."""
 
     index: int
     kind: str
     digest: str
     bytes: int
     attachment: str | None
+    pieces: list[str]
     variants: list[str]
 
 
@@ -59,6 +65,7 @@ class VariantDetail(msgspec.Struct, frozen=True):
     eos: list[int]
     store: str
     files: list[str]
+    golden: float | None
     chain_units: list[UnitRow]
 
 
@@ -94,12 +101,40 @@ class Stats(msgspec.Struct, frozen=True):
     by_variant: list[VariantRow]
 
 
+class _Versions:
+    """Which version each name and each alias means."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        newest = {version.name: version.reference for version in catalog.versions()}
+        self._of = {variant.name: newest[variant.name] for variant in catalog.variants()}
+        self._aliases = {alias.alias: alias.reference for alias in catalog.aliases()}
+
+    def distinct(self, served: list[Variant]) -> list[Variant]:
+        """What is served, without aliases of what has a line already."""
+        lines: dict[str, Variant] = {}
+        for variant in served:
+            lines.setdefault(self.reference(variant.name), variant)
+        return sorted(lines.values(), key=lambda variant: variant.name)
+
+    def reference(self, name: str) -> str:
+        """The version that a name, an alias or NAME@N means."""
+        return self._of.get(name) or self._aliases.get(name, name)
+
+    def aliases(self, name: str) -> list[str]:
+        """The aliases, other than `name` itself, of the version that it means."""
+        same = self.reference(name)
+        return [alias for alias, of in self._aliases.items() if of == same and alias != name]
+
+
 class Listing:
     """One consistent look at a zoo. Made by the command line; reads everything once."""
 
-    def __init__(self, root: Path) -> None:
-        with contextlib.closing(Catalog(root)) as catalog:
-            self.variants = catalog.variants()
+    def __init__(self, root: Path, also: str | None = None) -> None:
+        """`also` is something to look at that is not served, such as an older version."""
+        with Catalog(root).snapshot() as catalog:
+            self._versions = _Versions(catalog)
+            more = [] if also is None else [catalog.variant(also)]
+            self.variants = self._versions.distinct([*catalog.served(), *more])
             self._reach = Reach(catalog)
             self._sizes = {key: info.nbytes for key, info in catalog.objects().items()}
             self._prints = {
@@ -119,8 +154,10 @@ class Listing:
         """All variants by name."""
         return [self._row(variant, self._prints[variant.name]) for variant in self.variants]
 
-    def detail(self, variant: Variant) -> VariantDetail:
-        """Everything about one variant."""
+    def detail(self, name: str) -> VariantDetail:
+        """Everything about one variant that this look was taken at."""
+        wanted = self._versions.reference(name)
+        variant = next(one for one in self.variants if self._versions.reference(one.name) == wanted)
         footprint = self._prints[variant.name]
         chain = footprint.chain
         units = [
@@ -130,6 +167,7 @@ class Listing:
                 digest=unit,
                 bytes=self._bytes(self._reach.tensors([unit])),
                 attachment=attachment,
+                pieces=self._pieces(attachment),
                 variants=self._names[unit],
             )
             for index, (unit, attachment) in enumerate(
@@ -144,8 +182,16 @@ class Listing:
             eos=list(variant.eos),
             store=variant.store,
             files=sorted(variant.files),
+            golden=variant.golden,
             chain_units=units,
         )
+
+    def _pieces(self, attachment: AttachmentDigest | None) -> list[str]:
+        """The kinds of an attachment's pieces, each once."""
+        if attachment is None:
+            return []
+        pieces = self._reach.attachment(attachment).pieces
+        return sorted({str(piece.__struct_config__.tag) for piece in pieces})
 
     def blocks(self) -> list[BlockRow]:
         """All blocks, in the order in which chains use them."""
@@ -193,9 +239,12 @@ class Listing:
         units = footprint.chain.units
         return VariantRow(
             name=variant.name,
+            reference=self._versions.reference(variant.name),
+            aliases=self._versions.aliases(variant.name),
             kind=variant.kind,
             base=variant.base,
             family=variant.family,
+            is_native=is_native(variant.family),
             dtype=variant.dtype,
             context=variant.context,
             units=len(units),

@@ -4,6 +4,7 @@ export."""
 from pathlib import Path
 
 from zoo.errors import BadSource
+from zoo.inside import checked_place
 
 MAX_FILE_BYTES = 128 << 20
 _SUFFIXES = {".json", ".txt", ".jinja", ".model", ".md", ".tiktoken"}
@@ -19,7 +20,7 @@ def read_side_files(folder: Path) -> dict[str, bytes]:
         wanted = path.suffix in _SUFFIXES or path.name in _NAMES
         if not wanted or path.name.endswith(".index.json") or not path.is_file():
             continue
-        size = path.stat().st_size
+        size = checked_place(folder, path).stat().st_size
         if size > MAX_FILE_BYTES:
             raise BadSource(f"{path} has {size} bytes, more than {MAX_FILE_BYTES}: remove it")
         files[path.name] = path.read_bytes()

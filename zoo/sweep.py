@@ -1,15 +1,17 @@
 """Removing what no variant needs any more: objects, manifests, and files of writers that were
 killed.
 
-Runs under the writer's lock, so it never meets an `add` that has written objects but not
-published.
+Kept are the objects of every variant, of the versions that aliases stay with, of findings, and what
+any of these is a difference to. Older versions go. Runs under the writer's lock, so it never meets
+an `add` that has written objects but not published.
 """
 
 import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from zoo.catalog import Catalog
+from zoo.catalog import Catalog, Version
+from zoo.findings import Findings
 from zoo.lock import writing
 from zoo.manifest import ObjectDigest
 from zoo.progress import Progress
@@ -19,10 +21,11 @@ from zoo.store import Store
 
 @dataclass(frozen=True, slots=True)
 class Rubbish:
-    """What a sweep removes, or would remove."""
+    """What a sweep removes, or would remove; `versions` as NAME@N."""
 
     objects: list[ObjectDigest] = field(default_factory=list)
     leftovers: list[Path] = field(default_factory=list)
+    versions: list[str] = field(default_factory=list)
     bytes: int = 0
 
 
@@ -34,20 +37,40 @@ def sweep(root: Path, *, delete: bool, wait_s: float, progress: Progress) -> Rub
         store = Store(root)
         catalog = Catalog(root, writable=delete)
         with contextlib.closing(catalog):
-            reached = Reach(catalog).digests(catalog.variants())
-            rubbish = _find(store, reached)
+            reached = _reached(catalog, store)
+            lost = _lost(catalog, reached)
+            rubbish = _find(store, reached, lost)
             if delete:
                 # Rows first: a crash in between leaves files that the next sweep finds again.
-                catalog.prune(reached)
+                catalog.prune(reached, lost)
                 _delete(store, rubbish, progress)
     return rubbish
 
 
-def _find(store: Store, reached: set[str]) -> Rubbish:
+def _reached(catalog: Catalog, store: Store) -> set[str]:
+    """The digests of all manifests and objects that stay."""
+    reached = Reach(catalog).digests(catalog.served())
+    reached.update(Findings(catalog).objects())
+    parents = {store.parent(digest) for digest in store.digests() if digest in reached}
+    return reached.union(parent for parent in parents if parent)
+
+
+def _lost(catalog: Catalog, reached: set[str]) -> list[Version]:
+    """The versions that cannot be made any more of what stays."""
+    reach = Reach(catalog)
+    return [
+        version
+        for version in catalog.versions()
+        if version.is_there and not reach.digests([catalog.variant(version.reference)]) <= reached
+    ]
+
+
+def _find(store: Store, reached: set[str], lost: list[Version]) -> Rubbish:
     objects = sorted(digest for digest in store.digests() if digest not in reached)
     leftovers = store.leftovers()
     files = [*(store.path(digest) for digest in objects), *leftovers]
-    return Rubbish(objects, leftovers, sum(file.stat().st_size for file in files))
+    versions = [version.reference for version in lost]
+    return Rubbish(objects, leftovers, versions, sum(file.stat().st_size for file in files))
 
 
 def _delete(store: Store, rubbish: Rubbish, progress: Progress) -> None:

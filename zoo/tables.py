@@ -1,10 +1,16 @@
 """The listings as tables for a person; the same records go out whole with --json."""
 
 from collections.abc import Sequence
+from datetime import datetime
 
 from rich.table import Table
 
+from zoo.catalog import Alias
+from zoo.fit import Fit
+from zoo.history import VersionRow
 from zoo.listing import BlockRow, Stats, VariantDetail, VariantRow
+from zoo.sizes import size
+from zoo.sweep import Rubbish
 from zoo.verify import Verdict
 
 _MANY = 4
@@ -12,15 +18,16 @@ _MANY = 4
 
 def variants_table(rows: Sequence[VariantRow]) -> Table:
     """`list`."""
-    table = _table("name", "kind", "base", "family")
+    table = _table("name", "version", "kind", "base", "family")
     for heading in ("blocks", "changed", "attached", "own", "shared"):
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(
             row.name,
+            row.reference,
             row.kind,
             row.base or "-",
-            row.family,
+            _family(row),
             str(row.blocks),
             str(row.changed),
             str(row.attached),
@@ -40,7 +47,7 @@ def detail_table(detail: VariantDetail) -> Table:
             unit.kind,
             unit.digest[:12],
             size(unit.bytes),
-            unit.attachment[:12] if unit.attachment else "-",
+            ", ".join(unit.pieces) or "-",
             _some(others),
         )
     return table
@@ -51,11 +58,14 @@ def detail_lines(detail: VariantDetail) -> list[str]:
     row = detail.variant
     base = f" of {row.base}" if row.base else ""
     return [
-        f"{row.name}: {row.kind}{base}, {row.family}, {row.dtype}, from {row.source}",
+        f"{row.name}: {row.kind}{base}, {_family(row)}, {row.dtype}, from {row.source}",
+        f"version {row.reference}, aliases: {', '.join(row.aliases) or '(none)'}",
         f"context {row.context}, vocabulary {detail.vocabulary}, hidden {detail.hidden}",
         f"ends at token {', '.join(map(str, detail.eos)) or '(none)'}; chain {detail.chain}",
         f"{row.units} units in {row.blocks} blocks: {row.shared} shared with the base",
         f"{row.changed} units changed, {row.attached} with an attachment",
+        "golden check: "
+        + ("not made" if detail.golden is None else f"logits within {detail.golden:.0e}"),
         f"{size(row.own_bytes)} its own, {size(row.shared_bytes)} shared",
         f"files: {', '.join(detail.files) or '(none)'}",
     ]
@@ -87,11 +97,67 @@ def stats_lines(stats: Stats) -> list[str]:
     ]
 
 
+def versions_table(rows: Sequence[VersionRow]) -> Table:
+    """`versions`."""
+    table = _table("version", "chain", "created", "source", "aliases", "")
+    for row in rows:
+        state = "current" if row.is_current else "there" if row.is_there else "swept"
+        created = datetime.fromtimestamp(row.created).isoformat(" ", "seconds")
+        aliases = ", ".join(row.aliases) or "-"
+        table.add_row(row.reference, row.chain[:12], created, row.source, aliases, state)
+    return table
+
+
+def aliases_table(rows: Sequence[Alias]) -> Table:
+    """`alias`."""
+    table = _table("alias", "version")
+    for row in rows:
+        table.add_row(row.alias, row.reference)
+    return table
+
+
+def rubbish_lines(rubbish: Rubbish, *, deleted: bool) -> list[str]:
+    """`sweep`."""
+    done = "deleted" if deleted else "would delete (give --yes to do so)"
+    lines = [f"{done}: older version {reference}" for reference in rubbish.versions]
+    count = len(rubbish.objects) + len(rubbish.leftovers)
+    return [*lines, f"{done}: {count} objects, {size(rubbish.bytes)}"]
+
+
+def fit_table(found: Fit) -> Table:
+    """`fit`."""
+    table = _table("name")
+    for heading in ("adds", "in all", "frees", "left for KV", ""):
+        table.add_column(heading, justify="right")
+    for row in found.variants:
+        sizes = (row.adds_bytes, row.total_bytes, row.frees_bytes, row.left_bytes)
+        table.add_row(row.name, *map(size, sizes), "fits" if row.fits else "does not fit")
+    return table
+
+
+def fit_lines(found: Fit) -> list[str]:
+    """`fit`: what stands above the table."""
+    load = f"{found.sequences} sequences of {found.context} positions"
+    lines = [
+        f"{found.fitting} of {len(found.variants)} variants fit into {size(found.memory_bytes)}",
+        f"{size(found.weights_bytes)} of weights, {size(found.kv_bytes)} of KV for {load}",
+        f"{size(found.left_bytes)} are left: {found.more_sequences} more such sequences",
+    ]
+    if found.addition:
+        addition = found.addition
+        lines.append(
+            f"{addition.kind} would add {size(addition.adds_bytes)}: "
+            f"{addition.fits} like it fit beside all there are"
+        )
+    return lines
+
+
 def damage_lines(verdict: Verdict) -> list[str]:
     """`verify`."""
     lines = [
         f"{damage.fault} object {damage.digest}: "
         + (f"used by {', '.join(damage.variants)}" if damage.variants else "used by no variant")
+        + (f"; found by {', '.join(damage.findings)}" if damage.findings else "")
         for damage in verdict.damages
     ]
     bad = len(verdict.damages)
@@ -103,14 +169,8 @@ def damage_lines(verdict: Verdict) -> list[str]:
     ]
 
 
-def size(count: int) -> str:
-    """Bytes in decimal units, as disks are sold."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
+def _family(row: VariantRow) -> str:
+    return row.family if row.is_native else f"{row.family} (transformers' layers)"
 
 
 def _table(*headings: str) -> Table:

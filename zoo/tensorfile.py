@@ -14,6 +14,10 @@ from zoo.errors import BadTensorFile
 from zoo.mapping import map_file
 
 MAX_HEADER_BYTES = 100_000_000
+# Colons of a header: a tensor has four. The largest models have some fifty thousand tensors.
+MAX_HEADER_COLONS = 1 << 20
+MAX_NAME = 500
+MAX_EXTENTS = 8
 ALIGNMENT = 64
 
 ITEM_BYTES = {
@@ -51,7 +55,9 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     """Bytes of a tensor; raises BadTensorFile for an unknown dtype or a negative extent."""
     if dtype not in ITEM_BYTES:
-        raise BadTensorFile(f"the data type {dtype!r} is unknown")
+        raise BadTensorFile(f"the data type {dtype[:50]!r} is unknown")
+    if len(shape) > MAX_EXTENTS:
+        raise BadTensorFile(f"there are {len(shape)} extents, more than {MAX_EXTENTS}")
     if any(extent < 0 for extent in shape):
         raise BadTensorFile(f"the shape {list(shape)} has a negative extent")
     return ITEM_BYTES[dtype] * math.prod(shape)
@@ -93,21 +99,38 @@ def _parse(content: memoryview) -> tuple[dict[str, Entry], int]:
         raise BadTensorFile(f"its header claims {length} bytes, more than {MAX_HEADER_BYTES}")
     if 8 + length > len(content):
         raise BadTensorFile(f"its header claims {length} bytes but the file has {len(content)}")
+    entries = _entries(bytes(content[8 : 8 + length]))
+    _check_places(entries, len(content) - 8 - length)
+    return entries, 8 + length
+
+
+def _entries(header: bytes) -> dict[str, Entry]:
+    """The tensors of a header. What takes memory is counted before it is decoded."""
+    if header.count(b":") > MAX_HEADER_COLONS:
+        raise BadTensorFile("its header has more entries than any model has tensors")
     try:
-        raw = msgspec.json.decode(content[8 : 8 + length], type=dict[str, msgspec.Raw])
-        raw.pop("__metadata__", None)
+        raw = msgspec.json.decode(header, type=dict[str, msgspec.Raw])
+        metadata = bytes(raw.pop("__metadata__", b""))
         entries = {
             name: msgspec.json.decode(value, type=Entry, strict=True) for name, value in raw.items()
         }
+    except RecursionError:
+        raise BadTensorFile("its header is not valid: it is nested too deeply") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BadTensorFile(f"its header is not valid: {error}") from error
-    _check_places(entries, len(content) - 8 - length)
-    return entries, 8 + length
+    for key in (b'"dtype"', b'"shape"', b'"data_offsets"', b'"__metadata__"'):
+        known = bool(metadata) if key == b'"__metadata__"' else len(entries)
+        if header.count(key) - metadata.count(key) != known:
+            raise BadTensorFile("its header is not valid: it says something twice")
+    return entries
 
 
 def _check_places(entries: dict[str, Entry], room: int) -> None:
     """Tensors must fill the data exactly: no overlap, no hole, no rest."""
     position = 0
+    longest = max(entries, key=len, default="")
+    if len(longest) > MAX_NAME:
+        raise BadTensorFile(f"the name {longest[:50] + '...'!r} has {len(longest)} characters")
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
         begin, end = entry.data_offsets
         try:

@@ -53,7 +53,7 @@ def train(task: Task, base: Path, out: Path, data: Path | None, progress: Progre
     """Train `task` on its training rows from the checkpoint folder `base` and save it as `out`.
 
     A LoRA recipe saves a PEFT adapter folder, others a whole transformers folder; both in bfloat16.
-    Raises BadSource where the rows, the base or the training extras are missing.
+    Raises BadSource where the rows or the base are missing.
     """
     recipe = task.recipe
     rows = task.rows("train", data)
@@ -116,10 +116,8 @@ def freeze_all_but_last(model: PreTrainedModel, layers: int) -> None:
 
 def _with_adapter(model: PreTrainedModel, recipe: Recipe) -> "PeftModel":
     """Freeze `model` and put fresh adapters into it; what is returned wraps the same model."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise BadSource("training an adapter needs peft: pip install 'blockllm[train]'") from error
+    from peft import LoraConfig, get_peft_model
+
     config = LoraConfig(
         r=recipe.rank,
         lora_alpha=recipe.alpha,

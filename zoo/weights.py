@@ -12,10 +12,13 @@ import msgspec
 import numpy as np
 
 from zoo.errors import BadCheckpoint, BadTensorFile
+from zoo.inside import checked_place
+from zoo.strictjson import check_json
 from zoo.tensorfile import TensorFile
 
 FLOATS = ("F32", "BF16", "F16")
 MAX_INDEX_BYTES = 64 << 20
+MAX_FILE_NAME = 255
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SLICE_ITEMS = 1 << 22
 
@@ -39,10 +42,10 @@ def read_weights(folder: Path, stem: str) -> dict[str, SourceTensor]:
     """All tensors of `stem`.safetensors or of its shards; raises BadCheckpoint or BadTensorFile."""
     index = folder / f"{stem}.safetensors.index.json"
     if index.is_file():
-        return _read_shards(folder, index)
+        return _read_shards(folder, checked_place(folder, index))
     single = folder / f"{stem}.safetensors"
     if single.is_file():
-        return _tensors(TensorFile(single))
+        return _tensors(TensorFile(checked_place(folder, single)))
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES)
     if pickles:
         raise BadCheckpoint(
@@ -93,15 +96,20 @@ def _read_shards(folder: Path, index: Path) -> dict[str, SourceTensor]:
     if index.stat().st_size > MAX_INDEX_BYTES:
         raise BadCheckpoint(f"{index} is larger than {MAX_INDEX_BYTES} bytes")
     try:
-        weight_map = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
+        weight_map = msgspec.convert(check_json(index.read_bytes()), _Index).weight_map
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BadCheckpoint(f"{index} is not a valid index: {error}") from error
     found: dict[str, SourceTensor] = {}
     for name in sorted(set(weight_map.values())):
-        if Path(name).name != name:
-            raise BadCheckpoint(f"{index} names {name!r}, which is not a file beside it")
+        if (
+            not name
+            or Path(name).name != name
+            or "\0" in name
+            or len(name.encode()) > MAX_FILE_NAME
+        ):
+            raise BadCheckpoint(f"{index} names {name[:200]!r}, which is not a file beside it")
         try:
-            tensors = _tensors(TensorFile(folder / name))
+            tensors = _tensors(TensorFile(checked_place(folder, folder / name)))
         except BadTensorFile as error:
             raise BadTensorFile(f"shard {name}: {error}") from error
         for tensor in tensors:

@@ -90,7 +90,47 @@ def test_listings_have_json_with_stable_keys(zoo: Zoo, filled: Path):
     verdict = json.loads(zoo("--zoo", filled, "verify", "--json").stdout)
     assert (verdict["damages"], verdict["checked"]) == ([], stats["objects"])
     rubbish = json.loads(zoo("--zoo", filled, "sweep", "--json").stdout)
-    assert rubbish == {"objects": [], "leftovers": [], "bytes": 0}
+    assert rubbish == {"objects": [], "leftovers": [], "versions": [], "bytes": 0}
+
+
+def test_versions_and_aliases(zoo: Zoo, filled: Path, adapter: Path):
+    assert zoo("--zoo", filled, "alias").stdout == "there are no aliases\n"
+    assert zoo("--zoo", filled, "alias", "stable", "tuned").stdout == "stable is tuned@1\n"
+    assert zoo("--zoo", filled, "add", "tuned", adapter, "--replace").returncode == 0
+    rows = json.loads(zoo("--zoo", filled, "versions", "tuned", "--json").stdout)
+    assert [(row["reference"], row["is_current"], row["aliases"]) for row in rows] == [
+        ("tuned@1", False, ["stable"]), ("tuned@2", True, []),
+    ]  # fmt: skip
+    assert "current" in zoo("--zoo", filled, "versions", "tuned").stdout
+    assert "tuned@1" in zoo("--zoo", filled, "list").stdout
+    assert "version tuned@1" in zoo("--zoo", filled, "show", "tuned@1").stdout
+    assert json.loads(zoo("--zoo", filled, "alias", "--json").stdout) == [
+        {"alias": "stable", "name": "tuned", "number": 1}
+    ]
+    assert "removed the alias" in zoo("--zoo", filled, "alias", "stable", "--remove").stdout
+    done = zoo("--zoo", filled, "alias", "stable")
+    assert (done.returncode, "ALIAS --remove" in done.stderr) == (2, True)
+
+
+def test_fit_answers_from_the_catalog(zoo: Zoo, filled: Path):
+    done = zoo("--zoo", filled, "fit", "--memory", "1MB", "--add", "lora:8", "--context", "8")
+    assert "2 of 2 variants fit into 1.0 MB" in done.stdout
+    assert "lora:8 would add 124.9 kB: 2 like it" in done.stdout
+    found = json.loads(zoo("--zoo", filled, "fit", "--memory", "10kB", "--json").stdout)
+    assert (found["fitting"], found["addition"], found["context"]) == (0, None, 256)
+    assert zoo("--zoo", filled, "fit", "--memory", "lots").returncode == 2
+
+
+def test_variants_go_to_another_zoo_and_back(zoo: Zoo, filled: Path, tmp_path: Path):
+    depot = (tmp_path / "depot").as_uri()
+    assert "pushed base, tuned" in zoo("--zoo", filled, "push", depot).stdout
+    assert "there already: base" in zoo("--zoo", filled, "push", depot, "base").stdout
+    other = tmp_path / "other"
+    assert "pulled tuned" in zoo("--zoo", other, "pull", depot, "tuned").stdout
+    moved = json.loads(zoo("--zoo", other, "pull", filled, "--json").stdout)
+    assert (moved["names"], moved["known"]) == (["base"], ["tuned"])
+    assert "all good" in zoo("--zoo", other, "verify").stdout
+    assert "base" in zoo("--zoo", other, "list").stdout
 
 
 @pytest.mark.parametrize(
@@ -101,9 +141,15 @@ def test_listings_have_json_with_stable_keys(zoo: Zoo, filled: Path):
         (("list", "--fast"), "No such option: --fast"),
         (("add", "x"), "Missing argument 'SOURCE'"),
         (("add", "x", "nowhere at all"), "neither a folder"),
-        (("add", "x", "/", "--store", "delta"), "not available in this version"),
+        (("add", "x", "/", "--store", "most"), "exact, delta or equivalent"),
         (("show", "nobody"), "no variant is called 'nobody'"),
         (("remove", "nobody"), "the zoo is empty"),
+        (("versions", "nobody"), "no variant is called 'nobody'"),
+        (("alias", "x", "nobody"), "no variant is called 'nobody'"),
+        (("alias", "x y", "nobody"), "is not a name"),
+        (("pull", "nowhere"), "is no zoo's folder"),
+        (("pull", "warp://x"), "cannot be reached"),
+        (("push", "/no/where", "nobody"), "no variant is called 'nobody'"),
         (("export", "nobody", "out"), "no variant is called"),
     ],
 )

@@ -1,13 +1,17 @@
 """Verify, remove and sweep: what is damaged is found, what is not needed goes."""
 
+import random
+import sqlite3
 from pathlib import Path
 
 import pytest
 
 from tests import builders
 from tests.zoo.conftest import Adder
+from zoo.aliases import pin, unpin
 from zoo.catalog import Catalog
-from zoo.errors import UnknownVariant, ZooBusy
+from zoo.errors import DamagedObject, MissingObject, UnknownVariant, ZooBusy
+from zoo.history import history
 from zoo.listing import Listing
 from zoo.lock import writing
 from zoo.manifest import ObjectDigest
@@ -154,8 +158,165 @@ def test_stats_add_up(family: Path):
         sizes[key] for variant in variants for key in variant.tensors.values()
     )
     assert stats.objects == len(sizes)
-    assert sum(sizes.values()) <= stats.disk_bytes <= sum(sizes.values()) + 200 * len(sizes)
+    assert 0 < stats.disk_bytes <= sum(sizes.values()) + 200 * len(sizes)
     assert stats.model_bytes > stats.source_bytes > stats.tensor_bytes
     by_name = {row.name: row for row in stats.by_variant}
     assert by_name["last"].own_bytes > by_name["tuned"].own_bytes > 0
     assert by_name["base"].blocks == 3
+
+
+def test_a_sweep_frees_older_versions_and_says_so(
+    family: Path, put: Adder, checkpoints: Path, tmp_path: Path
+):
+    put(
+        "last",
+        builders.fine_tune(tmp_path / "new", checkpoints / "llama", ["layers.2."]),
+        replace=True,
+    )
+    assert Catalog(family).variant("last@1").report["changed"] == 2
+    rubbish = swept(family, delete=False)
+    assert rubbish.versions == ["last@1"]
+    assert len(rubbish.objects) == 9
+    assert Catalog(family).variant("last@1").name == "last@1"
+    assert swept(family) == rubbish
+    assert [(row.reference, row.is_there) for row in history(family, "last")] == [
+        ("last@1", False), ("last@2", True),
+    ]  # fmt: skip
+    with pytest.raises(UnknownVariant, match="swept away"):
+        Catalog(family).variant("last@1")
+    assert swept(family) == Rubbish()
+
+
+def test_a_sweep_keeps_what_an_alias_stays_with(family: Path, put: Adder, checkpoints: Path):
+    chain = Catalog(family).variant("last").chain
+    pin(family, "stable", "last", wait_s=1, progress=Quiet())
+    remove(family, "last", wait_s=1, progress=Quiet())
+    assert swept(family) == Rubbish()
+    assert Catalog(family).variant("stable").chain == chain
+    (row,) = history(family, "last")
+    assert (row.is_current, row.is_there, row.aliases) == (False, True, ["stable"])
+    unpin(family, "stable", wait_s=1, progress=Quiet())
+    assert swept(family).versions == ["last@1"]
+    with pytest.raises(UnknownVariant, match="no alias 'stable'"):
+        unpin(family, "stable", wait_s=1, progress=Quiet())
+
+
+def test_an_older_version_of_equal_content_outlives_the_sweep(
+    family: Path, put: Adder, checkpoints: Path
+):
+    put("base", checkpoints / "llama", replace=True)
+    assert swept(family).versions == []
+    assert [row.is_there for row in history(family, "base")] == [True, True]
+
+
+def test_a_listing_has_a_line_for_an_alias_of_an_older_version(
+    family: Path, put: Adder, checkpoints: Path, tmp_path: Path
+):
+    pin(family, "stable", "last", wait_s=1, progress=Quiet())
+    rows = {row.name: row for row in Listing(family).rows()}
+    assert rows.keys() == {"base", "last", "tuned"}
+    assert (rows["last"].reference, rows["last"].aliases) == ("last@1", ["stable"])
+    put(
+        "last",
+        builders.fine_tune(tmp_path / "new", checkpoints / "llama", ["layers.2."]),
+        replace=True,
+    )
+    rows = {row.name: row for row in Listing(family).rows()}
+    assert {name: row.reference for name, row in rows.items()} == {
+        "base": "base@1", "last": "last@2", "stable": "last@1", "tuned": "tuned@1",
+    }  # fmt: skip
+    assert Listing(family).detail("stable").variant == rows["stable"]
+    assert (
+        Listing(family, "last@1").detail("last@1").chain == Catalog(family).variant("stable").chain
+    )
+
+
+def test_history_of_the_unknown_is_refused(family: Path):
+    pin(family, "stable", "last", wait_s=1, progress=Quiet())
+    with pytest.raises(UnknownVariant, match="called 'nobody'"):
+        history(family, "nobody")
+    with pytest.raises(UnknownVariant, match="no variant's own name"):
+        history(family, "stable")
+
+
+def test_verify_names_aliases_and_older_versions(
+    family: Path, put: Adder, checkpoints: Path, tmp_path: Path
+):
+    pin(family, "stable", "last", wait_s=1, progress=Quiet())
+    put(
+        "last",
+        builders.fine_tune(tmp_path / "new", checkpoints / "llama", ["layers.2."]),
+        replace=True,
+    )
+    own = Catalog(family).variant("stable").tensors["model.layers.3.mlp.up_proj.weight"]
+    flip(Store(family).path(own))
+    (damage,) = verify(family, Quiet()).damages
+    assert damage == Damage(own, "damaged", ["stable", "last@1"])
+
+
+def test_a_bad_parent_touches_who_uses_its_differences(
+    root: Path, put: Adder, checkpoints: Path, tmp_path: Path
+):
+    put("base", checkpoints / "llama")
+    full = builders.fine_tune(tmp_path / "full", checkpoints / "llama", ["up_proj"], scale=1e-4)
+    put("full", full, base="base")
+    store, name = Store(root), "model.layers.0.mlp.up_proj.weight"
+    parent, child = (Catalog(root).variant(one).tensors[name] for one in ("base", "full"))
+    assert store.parent(child) == parent
+    remove(root, "base", wait_s=1, progress=Quiet())
+    swept(root)
+    assert store.has(parent), "a difference keeps what it is a difference to"
+    assert verify(root, Quiet()).damages == []
+    flip(store.path(parent))
+    found = {damage.digest: damage for damage in verify(root, Quiet()).damages}
+    assert found == {
+        parent: Damage(parent, "damaged", ["full"]),
+        child: Damage(child, "unreadable", ["full"]),
+    }
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".difference", ".blob"])
+def test_every_flipped_bit_of_an_object_is_found(
+    root: Path, put: Adder, checkpoints: Path, tmp_path: Path, suffix: str
+):
+    put("base", checkpoints / "llama")
+    full = builders.fine_tune(tmp_path / "full", checkpoints / "llama", ["up_proj"], scale=1e-4)
+    put("full", full, base="base")
+    store = Store(root)
+    path = min(root.rglob(f"*{suffix}"), key=lambda path: path.stat().st_size)
+    whole, digest = path.read_bytes(), ObjectDigest(path.stem)
+    path.chmod(0o644)
+    draw = random.Random(3)
+    # Every bit of the head, where lengths, names and shapes are, and a sample of the rest.
+    places = [*range(min(len(whole), 400)), *draw.choices(range(len(whole)), k=100)]
+    for place in places:
+        content = bytearray(whole)
+        content[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(content)
+        with pytest.raises((DamagedObject, MissingObject)):
+            store.verify(digest)
+    path.write_bytes(whole)
+    assert verify(root, Quiet()).damages == []
+
+
+@pytest.mark.parametrize("table", ["chains", "units", "attachments", "versions", "variants"])
+def test_a_changed_row_of_the_catalog_is_found(family: Path, table: str):
+    with sqlite3.connect(family / "catalog.sqlite") as connection:
+        key = "digest" if table in {"chains", "units", "attachments"} else "name"
+        (name, data) = connection.execute(f"SELECT {key}, manifest FROM {table}").fetchone()
+        flipped = bytearray(data)
+        flipped[len(data) // 2] ^= 1
+        update = f"UPDATE {table} SET manifest = ? WHERE {key} = ?"
+        connection.execute(update, (bytes(flipped), name))
+    connection.close()
+    named = {one.digest.partition("@")[0]: one for one in verify(family, Quiet()).damages}
+    assert (named[name].fault, bool(named[name].variants)) == ("damaged", True)
+
+
+def test_a_row_that_is_gone_is_found(family: Path):
+    with sqlite3.connect(family / "catalog.sqlite") as connection:
+        unit = Catalog(family).chain(Catalog(family).variant("last").chain).units[8]
+        connection.execute("DELETE FROM units WHERE digest = ?", (unit,))
+    connection.close()
+    (damage,) = verify(family, Quiet()).damages
+    assert (damage.digest, damage.variants) == (unit, ["last@1"])

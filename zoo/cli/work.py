@@ -1,0 +1,63 @@
+"""Verbs that make and score variants: demo, train, evaluate."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from zoo.cli.app import JsonOption, ZooOption, app, err, root_of, show
+from zoo.console import ConsoleProgress
+
+TaskName = Annotated[str, typer.Argument(metavar="TASK", help="One of the project's tasks.")]
+BaseFolder = Annotated[Path, typer.Argument(metavar="BASE", help="A transformers folder.")]
+OutFolder = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")]
+RowsOption = Annotated[
+    Path | None,
+    typer.Option("--data", metavar="FILE", help="Rows: .jsonl or .jsonl.gz (see zoo.tasks)."),
+]
+
+
+@app.command("demo")
+def demo_command(context: typer.Context, zoo: ZooOption = None) -> None:
+    """Fill the zoo with a real small model and its variants."""
+    from zoo.demo import demo
+
+    demo(root_of(context, zoo), console=err)
+
+
+@app.command("train")
+def train_command(
+    task: TaskName, base: BaseFolder, out: OutFolder, data: RowsOption = None
+) -> None:
+    """Train a variant of the demo."""
+    from zoo.tasks import task_of
+    from zoo.train import train
+
+    train(task_of(task), base, out, data, ConsoleProgress(err))
+
+
+@app.command("evaluate")
+def evaluate_command(  # noqa: PLR0913 one parameter per option
+    task: TaskName,
+    base: BaseFolder,
+    variant: Annotated[
+        Path, typer.Argument(metavar="VARIANT", help="What train wrote from that base.")
+    ],
+    data: RowsOption = None,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Held-out prompts to ask.")] = 100,
+    card: Annotated[
+        bool, typer.Option("--card", help="Write the scores to the adapter's README.md.")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """Score a variant beside its base on held-out rows. --json: a zoo.evaluate.Comparison."""
+    from zoo.card import write_card
+    from zoo.evaluate import compare, table
+    from zoo.tasks import task_of
+
+    chosen = task_of(task)
+    questions = chosen.questions(data, rows)
+    comparison = compare(chosen, base, variant, questions, ConsoleProgress(err))
+    if card:
+        write_card(chosen, variant, data, comparison)
+    show(comparison, table(comparison), [f"{task}: {len(questions)} held-out prompts"], json)
