@@ -3,16 +3,17 @@
 #   make demo   a real base model and its variants, served
 #   make test   lint and the whole test suite
 #   make bench  measurements of this machine
+#   make bench-peers   the same beside other engines, each in an environment of its own
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready$(if $(CUDA),-cuda)
 comma := ,
-EXTRAS := test,train$(if $(CUDA),$(comma)cuda)
+EXTRAS := test,bench$(if $(CUDA),$(comma)cuda)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: env demo test lint bench clean
+.PHONY: env demo test lint bench bench-peers clean
 
 env: $(STAMP)
 
@@ -44,6 +45,9 @@ lint: env
 
 bench: env
 	$(BIN)/python -m bench
+
+bench-peers: env
+	$(BIN)/python -m bench peers
 
 clean:
 	rm -rf $(VENV) build *.egg-info ext/cpu/_build

@@ -4,9 +4,11 @@ Exit status: 0 every check holds, 1 one does not or something failed, 2 wrong us
 """
 
 import argparse
+import importlib.util
 import shlex
+import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -15,17 +17,33 @@ from rich.console import Console
 
 from bench.load import LoadFailed
 from bench.machine import ROOT, commit, this_machine, versions
+from bench.peers.cells import CELLS
 from bench.report import append, markdown, tables
 from bench.result import Context, Line, Result
-from bench.scenarios import memory, parity, prefix, profile, replay, soak, start, throughput
+from bench.scenarios import (
+    codecs,
+    derived,
+    kinds,
+    memory,
+    parity,
+    peers,
+    prefix,
+    profile,
+    replay,
+    soak,
+    start,
+    stores,
+    throughput,
+)
 from bench.scenarios.profile import WorkerFailed
 from bench.server import ServerFailed
-from bench.stage import Scenario, Stage, Trace
+from bench.stage import PeerChoice, Scenario, Stage, Trace
 from bench.traces import TraceError
-from bench.zoos import Base, NoBase, Zoos
+from bench.zoos import Base, NoBase, Zoos, demo_base
 from zoo.console import ConsoleProgress
 from zoo.errors import ZooError
 from zoo.home import zoo_path
+from zoo.progress import Progress
 
 SCENARIOS: Mapping[str, Scenario] = {
     "throughput": throughput.run,
@@ -37,9 +55,15 @@ SCENARIOS: Mapping[str, Scenario] = {
     "start": start.run,
     "replay": replay.run,
     "parity": parity.run,
+    "stores": stores.run,
+    "kinds": kinds.run,
+    "codecs": codecs.run,
+    "derived": derived.run,
+    "peers": peers.run,
 }
 # With the real model these are a matter of many minutes: only when asked for by name.
-DEFAULT = tuple(name for name in SCENARIOS if name not in {"soak-base", "parity"})
+_LONG = {"kinds", "soak-base", "parity", "stores", "codecs", "derived", "peers"}
+DEFAULT = tuple(name for name in SCENARIOS if name not in _LONG)
 
 
 def main() -> int:
@@ -49,16 +73,19 @@ def main() -> int:
     unknown = [name for name in given.scenario if name not in SCENARIOS]
     if unknown:
         parser.error(f"there is no scenario {unknown[0]!r}: there are {', '.join(SCENARIOS)}")
+    # So that whoever ends this process ends what it started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     console = Console(stderr=True, highlight=False)
     context = _context(given.flag)
     out = given.out or ROOT / "bench" / "results" / _file_name(context)
     results: list[Result] = []
     code = 0
     try:
-        zoos = Zoos(Base(zoo_path(given.zoo), given.base), ConsoleProgress(console))
-        trace = Trace(given.trace, given.speed, given.seconds)
+        progress = ConsoleProgress(console)
+        zoos = Zoos(_base(given, progress), progress)
+        trace = Trace(given.trace or "synthetic", given.speed, given.seconds)
         flags = tuple(word for flag in given.flag for word in shlex.split(flag))
-        stage = Stage(zoos, given.quick, flags, console.print, trace)
+        stage = Stage(zoos, given.quick, flags, progress.say, trace, _choice(given))
         for name in given.scenario or DEFAULT:
             for result in SCENARIOS[name](stage):
                 results.append(result)
@@ -84,9 +111,23 @@ def _conclude(results: list[Result], context: Context, out: Path) -> int:
     # The table beside the file shows all that the file holds, earlier runs included.
     kept = [msgspec.json.decode(line, type=Line).result for line in out.read_bytes().splitlines()]
     out.with_suffix(".md").write_text(markdown(kept, context))
+    _draw(results, out.with_suffix(".svg"), console)
     checks = [holds for result in results for holds in result.checks.values()]
     console.print(f"{sum(checks)} of {len(checks)} checks hold; written to {out} and its .md")
     return 0 if all(checks) else 1
+
+
+def _draw(results: list[Result], path: Path, console: Console) -> None:
+    """The picture of a comparison with peers, where there is one and something to draw with."""
+    if not any(result.scenario.startswith("peers: ") for result in results):
+        return
+    if importlib.util.find_spec("matplotlib") is None:
+        console.print("no picture was drawn: pip install -e '.[bench]' brings what draws")
+        return
+    from bench.peers.plots import draw
+
+    if draw(results, path):
+        console.print(f"drawn: {path}")
 
 
 def _context(flags: list[str]) -> Context:
@@ -116,17 +157,49 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SCENARIO",
         help=f"of {names} (default: all but {', '.join(SCENARIOS.keys() - set(DEFAULT))})",
     )
-    parser.add_argument("--base", default="smollm2", help="a variant of the zoo, or a folder")
+    parser.add_argument(
+        "--base", help="a variant of the zoo, or a folder (default: the demo's base model)"
+    )
     parser.add_argument("--zoo", help="where the base is a variant (default: <home>/zoo)")
     parser.add_argument("--out", type=Path, help="file of JSON lines to append to")
     parser.add_argument("--quick", action="store_true", help="fewer rounds and shorter loads")
     parser.add_argument(
         "--flag", action="append", default=[], help='more of launch\'s flags: --flag "--ops torch"'
     )
-    parser.add_argument("--trace", default="synthetic", help="file that the replay plays")
+    parser.add_argument("--trace", help='file that the replay plays, or "synthetic" (default)')
     parser.add_argument("--speed", type=float, default=1.0, help="times as fast as recorded")
     parser.add_argument("--seconds", type=float, default=60.0, help="how long the replay lasts")
+    peer = parser.add_argument_group("peers")
+    peer.add_argument("--only", type=_listed(peers.PEERS), help=", ".join(peers.PEERS))
+    cells = f"{', '.join(CELLS)} (default: all; trace only if --trace is given)"
+    peer.add_argument("--cells", type=_listed(CELLS), help=cells)
+    peer.add_argument("--peers", type=Path, help="where they are installed")
     return parser
+
+
+def _listed(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
+    """A type of argument: some of the known words, with commas between."""
+
+    def read(text: str) -> tuple[str, ...]:
+        words = tuple(text.split(","))
+        for word in words:
+            if word not in known:
+                raise argparse.ArgumentTypeError(
+                    f"there is no {word!r}: there are {', '.join(known)}"
+                )
+        return words
+
+    return read
+
+
+def _base(given: argparse.Namespace, progress: Progress) -> Base:
+    zoo = zoo_path(given.zoo)
+    return Base(zoo, given.base) if given.base else demo_base(zoo, progress)
+
+
+def _choice(given: argparse.Namespace) -> PeerChoice:
+    default = (key for key, cell in CELLS.items() if given.trace or not cell.traced)
+    return PeerChoice(given.only or (), given.cells or tuple(default), given.peers)
 
 
 if __name__ == "__main__":

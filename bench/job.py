@@ -5,6 +5,7 @@ from pathlib import Path
 
 import msgspec
 
+from bench.dialects import Route
 from bench.spread import Spread
 from bench.traces import assign, read_trace, synthetic
 
@@ -18,17 +19,19 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     Without `trace`, `requests` requests go through `streams` streams, each of which sends its next
     one when the last has ended. With `trace` (a file, or "synthetic") they are sent when it says,
     for `seconds`; `rate` is the synthetic one's, `speed` that of a recorded one, and lengths are
-    cut to the `high`s. `http_share` of the connections speak HTTP. `leave_share` of the clients
-    leave within `leave_within_s`, wherever their answer is.
+    cut to the `high`s. `http_share` of the connections speak HTTP. With `routes`, all do, to the
+    servers that these name for each model. `leave_share` of the clients leave within
+    `leave_within_s`, wherever their answer is.
     """
 
-    endpoint: str
+    endpoint: str = ""
     url: str = ""
     models: tuple[str, ...]
     requests: int = 1
     streams: int = 1
     connections: int = 1
     http_share: float = 0.0
+    routes: dict[str, Route] = {}
     prompt_tokens: tuple[int, int] = (128, 128)
     output_tokens: tuple[int, int] = (64, 64)
     leave_share: float = 0.0

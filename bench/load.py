@@ -14,9 +14,11 @@ from collections.abc import AsyncIterator, Sequence
 import msgspec
 import uvloop
 
-from bench.doors import Door, HttpDoor, Piece, ZmqDoor
+from bench.dialects import Route
+from bench.doors import Door, RoutedDoor, ZmqDoor
 from bench.job import Ask, Job, Outcome, asks
 from bench.machine import ROOT
+from bench.piece import Piece
 from bench.spread import spread
 from engine.client import AsyncClient
 from engine.errors import EngineError
@@ -88,12 +90,13 @@ async def drive(job: Job) -> Outcome:
 @contextlib.asynccontextmanager
 async def _doors(job: Job) -> AsyncIterator[list[Door]]:
     """Connected before the clock starts."""
-    num_http = round(job.connections * job.http_share)
+    num_http = job.connections if job.routes else round(job.connections * job.http_share)
+    routes = job.routes or {name: Route(urls=(job.url,), model=name) for name in job.models}
     async with contextlib.AsyncExitStack() as stack:
         doors: list[Door] = []
         for number in range(job.connections):
             if number < num_http:
-                door = HttpDoor(job.url)
+                door = RoutedDoor(routes)
                 stack.callback(door.close)
                 doors.append(door)
             else:

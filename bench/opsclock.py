@@ -7,7 +7,18 @@ from typing import Any
 
 from ext.ops import Ops
 
-STEP_OPS = ("plan", "embed", "project", "attend", "activate", "accumulate", "add_norm")
+STEP_OPS = (
+    "plan",
+    "embed",
+    "project",
+    "project_gated",
+    "attend",
+    "activate",
+    "accumulate",
+    "add_norm",
+    "scale",
+    "detour",
+)
 
 
 class OpsClock:
@@ -16,6 +27,8 @@ class OpsClock:
     def __init__(self, ops: Ops) -> None:
         self.seconds: dict[str, float] = dict.fromkeys(STEP_OPS, 0.0)
         self.calls: Counter[str] = Counter()
+        # Operations that are made of others count once, as themselves.
+        self._is_within = False
         for name in STEP_OPS:
             setattr(ops, name, self._timed(name, getattr(ops, name)))
 
@@ -28,10 +41,15 @@ class OpsClock:
         clock = time.perf_counter
 
         def call(*given: object, **named: object) -> object:
+            if self._is_within:
+                return operation(*given, **named)
+            self._is_within = True
             began = clock()
-            result = operation(*given, **named)
-            self.seconds[name] += clock() - began
-            self.calls[name] += 1
-            return result
+            try:
+                return operation(*given, **named)
+            finally:
+                self.seconds[name] += clock() - began
+                self.calls[name] += 1
+                self._is_within = False
 
         return call

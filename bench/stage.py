@@ -22,6 +22,16 @@ class Trace:
 
 
 @dataclass(frozen=True, slots=True)
+class PeerChoice:
+    """Which peers are compared (none: all), in which cells, and where they are installed (None:
+    beside the zoos)."""
+
+    only: tuple[str, ...] = ()
+    cells: tuple[str, ...] = ()
+    root: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Played:
     """A load that was run: its outcome, the cores that others kept busy meanwhile, and the CPU time
     of the server, which other processes disturb less than the clock."""
@@ -40,6 +50,7 @@ class Stage:
     flags: tuple[str, ...]
     say: Callable[[str], None]
     trace: Trace
+    peers: PeerChoice = PeerChoice()
 
     def server(self, zoo: Path, *flags: str) -> Server:
         """A server over `zoo`, to be entered."""

@@ -20,7 +20,7 @@ def weigh(root: Path, base: str, others: Sequence[str] = ()) -> Weights:
     what a row computes; own units of a fine-tune take the place of the base's."""
     listing = Listing(root)
     variants = {variant.name: variant for variant in listing.variants}
-    detail = listing.detail(variants[base])
+    detail = listing.detail(base)
     sizes = {"attention": 0, "mlp": 0, "parallel": 0, "head": 0, "embed": 0}
     for unit in detail.chain_units:
         sizes[unit.kind] += unit.bytes

@@ -3,6 +3,10 @@
     plain   the base alone
     loras   the base and eight LoRA adapters on all projections: four of rank 8, four of rank 16
     whole   the same, seven fine-tunes of the last four layers, one full fine-tune
+    lasts   the base and seven fine-tunes of the last four layers
+    fulls   the base and seven full fine-tunes
+    tuned   the base and seven full fine-tunes that were really trained, stored in one of three ways
+    derived the base and what was made of it: surrogates, joined chains
     tiny    a model of four narrow layers with the base's vocabulary and variants of every kind, for
             what concerns the engine and not the arithmetic
     empty   nothing
@@ -14,7 +18,7 @@ import hashlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +26,9 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
+from bench.tunes import Tunes
 from bench.variants import Checkpoint, full, last_layers, lora
+from zoo import demo
 from zoo.add import AddOptions, add
 from zoo.catalog import Catalog, UnknownVariant
 from zoo.export import export
@@ -33,7 +39,9 @@ from zoo.progress import Progress, Quiet
 BASE = "base"
 LORAS = tuple(f"lora-r{8 if number < 4 else 16}-{number}" for number in range(8))
 LAST = tuple(f"last-{number}" for number in range(7))
+FULLS = tuple(f"full-{number}" for number in range(7))
 FULL = "full"
+_UPON_BASE = AddOptions(base=BASE)
 
 Make = Callable[[Checkpoint, Path], Path]
 
@@ -79,6 +87,21 @@ class Base:
             yield Checkpoint(export(self.zoo, self.name, Path(scratch, "base"), Quiet()))
 
 
+def demo_base(zoo: Path, progress: Progress) -> Base:
+    """The demo's base model: that of `zoo` if it is there, else one in a zoo made here.
+    Raises a ZooError if it cannot be had."""
+    found = Base(zoo, demo.BASE)
+    with suppress(NoBase):
+        found.fingerprint()
+        return found
+    own = Base(zoo_path().parent / "bench" / "zoo", demo.BASE)
+    try:
+        own.fingerprint()
+    except NoBase:
+        demo.add_base(own.zoo, progress)
+    return own
+
+
 class Zoos:
     """Makes zoos when they are first wanted."""
 
@@ -100,17 +123,40 @@ class Zoos:
     @cached_property
     def loras(self) -> Path:
         """The base and eight LoRA adapters."""
-        return self._fill("loras", {BASE: _itself} | _loras())
+        return self._fill("loras", {BASE: _itself} | loras())
 
     @cached_property
     def whole(self) -> Path:
         """The base and a variant of every kind."""
-        tuned: dict[str, Make] = {
-            name: lambda base, to, seed=seed: last_layers(base, to, layers=4, seed=seed)
-            for seed, name in enumerate(LAST)
-        }
-        tuned[FULL] = lambda base, to: full(base, to, seed=0)
-        return self._fill("whole", {BASE: _itself} | _loras() | tuned)
+        tuned: dict[str, Make] = {FULL: lambda base, to: full(base, to, seed=0)}
+        return self._fill("whole", {BASE: _itself} | loras() | lasts() | tuned)
+
+    @cached_property
+    def lasts(self) -> Path:
+        """The base and seven fine-tunes of the last four layers."""
+        return self._fill("lasts", {BASE: _itself} | lasts())
+
+    @cached_property
+    def fulls(self) -> Path:
+        """The base and seven full fine-tunes."""
+        return self._fill("fulls", {BASE: _itself} | fulls())
+
+    def tuned(self, store: str, rows: int) -> Path:
+        """The base and seven real full fine-tunes, stored that way and measured on so many rows.
+        Raises a ZooError."""
+        made = {BASE: _itself} | Tunes(self._home / "tunes", self.progress).makes()
+        options = AddOptions(base=BASE, store=store, rows=rows)
+        return self._fill(f"tuned-{store}-{rows}", made, options)
+
+    @cached_property
+    def derived(self) -> Path:
+        """The base, for models that are made of it; what was made stays."""
+        return self._fill("derived", {BASE: _itself})
+
+    @property
+    def progress(self) -> Progress:
+        """Where long jobs show how far they are."""
+        return self._progress
 
     @cached_property
     def tiny(self) -> Path:
@@ -130,12 +176,28 @@ class Zoos:
         return self._home / "empty"
 
     @property
+    def fingerprint(self) -> str:
+        """A short name for the base's content."""
+        return self._base.fingerprint()
+
+    def checkpoint(self) -> AbstractContextManager[Checkpoint]:
+        """The base as a transformers folder."""
+        return self._base.checkpoint()
+
+    @property
     def log(self) -> Path:
         """Where servers write their log."""
         self._home.mkdir(parents=True, exist_ok=True)
         return self._home / "server.log"
 
-    def _fill(self, name: str, made: dict[str, Make], *, shrink: bool = False) -> Path:
+    def _fill(
+        self,
+        name: str,
+        made: dict[str, Make],
+        options: AddOptions = _UPON_BASE,
+        *,
+        shrink: bool = False,
+    ) -> Path:
         root = self._home / name
         missing = made.keys() - {variant.name for variant in variants(root)}
         if not missing:
@@ -145,8 +207,8 @@ class Zoos:
             wanted = [one for one in made if one in missing]
             for variant in self._progress.track(wanted, f"making the zoo {name}"):
                 source = made[variant](base, Path(scratch, variant))
-                told = None if variant == BASE else BASE
-                add(root, variant, str(source), AddOptions(base=told), Quiet())
+                how = AddOptions() if variant == BASE else options
+                add(root, variant, str(source), how, Quiet())
                 if source != base.folder:
                     shutil.rmtree(source)
         return root
@@ -163,12 +225,29 @@ def _itself(base: Checkpoint, target: Path) -> Path:
     return base.folder
 
 
-def _loras() -> dict[str, Make]:
+def loras() -> dict[str, Make]:
+    """Eight adapters on all projections."""
     return {
         name: lambda base, to, rank=8 if seed < 4 else 16, seed=seed: lora(
             base, to, rank=rank, seed=seed
         )
         for seed, name in enumerate(LORAS)
+    }
+
+
+def lasts() -> dict[str, Make]:
+    """Seven fine-tunes of the last four layers."""
+    return {
+        name: lambda base, to, seed=seed: last_layers(base, to, layers=4, seed=seed)
+        for seed, name in enumerate(LAST)
+    }
+
+
+def fulls() -> dict[str, Make]:
+    """Seven fine-tunes of everything."""
+    return {
+        name: lambda base, to, seed=seed: full(base, to, seed=seed)
+        for seed, name in enumerate(FULLS)
     }
 
 

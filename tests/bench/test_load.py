@@ -6,9 +6,11 @@ from contextlib import aclosing
 
 import msgspec
 
-from bench.doors import HttpDoor, Piece
+from bench.dialects import Route
+from bench.doors import RoutedDoor
 from bench.job import Ask, Job, asks
 from bench.load import Tally, closed_loop, open_loop
+from bench.piece import Piece
 from engine.answers import Usage
 from engine.errors import Overloaded
 
@@ -143,7 +145,8 @@ async def test_http_answers_are_read_event_by_event_and_connections_kept():
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     async with server:
         port = server.sockets[0].getsockname()[1]
-        door = HttpDoor(f"http://127.0.0.1:{port}")
+        url = f"http://127.0.0.1:{port}"
+        door = RoutedDoor({"a": Route(urls=(url,), model="a")})
         for _ in range(2):
             async with aclosing(door.pieces(Ask("a", [1, 2, 3, 4], 3))) as answer:
                 pieces = [piece async for piece in answer]

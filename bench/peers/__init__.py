@@ -1,0 +1,1 @@
+"""Other engines beside ours, on the same prompts and lengths: `python -m bench peers`."""

@@ -1,0 +1,111 @@
+"""Other engines beside ours on the same prompts and lengths: ratios, memory, the machine's limits.
+
+The peers are installed in environments of their own when they are first wanted (`bench/peers`); one
+that cannot be had is left out, and said so. Loads come over HTTP from a process of their own; what
+has no server gets its batches through a pipe. Cells are played in turns (A B A B) by everybody;
+values are medians, `swing` is (largest - smallest) / median, `ours / it` how many times as good
+ours is, `MB` the most memory that all processes of the arrangement took together, each shared page
+counted once, `others` the cores that other processes kept busy. A fine-tune is a whole model to
+every peer, whatever part of it was tuned.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from bench.ceiling import best, measure
+from bench.peers.cells import CELLS, Cell, Play, job_of
+from bench.peers.judge import results, roofline
+from bench.peers.libraries import Libraries
+from bench.peers.llama_cpp import LlamaCpp
+from bench.peers.models import Models
+from bench.peers.ours import EXACT, LAST_LAYERS, Ours
+from bench.peers.peer import Arrangement, Peer, PeerMissing
+from bench.peers.rounds import Rounds, Row
+from bench.peers.site import Site
+from bench.peers.vllm_cpu import VllmCpu
+from bench.result import Result
+from bench.roofline import Limits, Shape
+from bench.stage import Stage
+from bench.weigh import weigh
+from bench.zoos import BASE, FULLS, LAST, LORAS, variants
+from zoo.home import zoo_path
+
+PEERS = {"llama.cpp": LlamaCpp, "vllm": VllmCpu, "transformers": Libraries}
+
+
+def run(stage: Stage) -> Iterator[Result]:
+    """Install, then play group by group."""
+    arrangements: list[Arrangement] = []
+    for peer in _peers(stage):
+        try:
+            version = peer.install()
+            arrangements += peer.arrangements()
+        except PeerMissing as error:
+            stage.say(f"peers: without {peer.name}: {error}")
+            version = f"missing: {error}"
+        yield Result(scenario="peers: engines", cell=peer.name, figures={"version": version})
+    play = Play(
+        vocabulary=variants(stage.zoos.plain)[0].vocabulary,
+        quick=stage.quick,
+        trace=stage.trace.source,
+        speed=stage.trace.speed,
+        seconds=stage.trace.seconds,
+    )
+    limits = [measure()]
+    done: list[tuple[Cell, Row]] = []
+    for cell, rows in _play(stage, play, arrangements):
+        yield from results(cell, rows)
+        done += [(cell, row) for row in rows]
+    limits.append(measure())
+    yield from _against_limits(stage, play, done, best(limits))
+
+
+def _peers(stage: Stage) -> list[Peer]:
+    root = (stage.peers.root or zoo_path().parent / "bench" / "peers").absolute()
+    models = Models(root / "models", stage.zoos, stage.zoos.progress)
+    site = Site(root, models, stage.say)
+    wanted = stage.peers.only or tuple(PEERS)
+    return [Ours(stage), *(PEERS[name](site) for name in wanted)]
+
+
+def _play(
+    stage: Stage, play: Play, arrangements: Sequence[Arrangement]
+) -> Iterator[tuple[Cell, list[Row]]]:
+    rounds = Rounds(play, stage.say)
+    for group in dict.fromkeys(cell.group for cell in CELLS.values()):
+        wanted = [key for key in stage.peers.cells if CELLS[key].group == group]
+        players = [one for one in arrangements if one.group == group and {*one.cells} & {*wanted}]
+        yield from rounds.group(players, wanted)
+
+
+def _against_limits(
+    stage: Stage, play: Play, done: Sequence[tuple[Cell, Row]], limits: Limits
+) -> Iterator[Result]:
+    """Each of our rows beside the least time that the machine needs for it."""
+    zoos = stage.zoos
+    for cell, row in done:
+        if not row.arrangement.is_ours:
+            continue
+        match row.arrangement.name, cell.group:
+            case _, "base":
+                weights = weigh(zoos.plain, BASE)
+            case _, "adapters":
+                weights = weigh(zoos.loras, BASE, LORAS)
+            case name, _ if name == LAST_LAYERS:
+                weights = weigh(zoos.lasts, BASE, LAST)
+            case name, _ if name == EXACT:
+                weights = weigh(zoos.fulls, BASE, FULLS)
+            case _:
+                continue
+        job = job_of(cell, play, seed=0)
+        shape = Shape(cell.streams, job.prompt_tokens[1], job.output_tokens[1])
+        found = roofline(cell, row, weights, limits, shape)
+        if found is not None:
+            yield found
+    yield Result(
+        scenario="peers: limits",
+        cell="machine",
+        figures={
+            "read GB/s": limits.read_bytes_per_s / 1e9,
+            "GFLOP/s": limits.flops_per_s / 1e9,
+        },
+    )
