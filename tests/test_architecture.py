@@ -13,6 +13,8 @@ ROOMS = ("engine", "workers", "zoo", "ext")
 SOURCES = sorted(p for room in (*ROOMS, "bench") for p in (ROOT / room).rglob("*.py"))
 REFUSED_NAMES = {"utils", "util", "common", "shared", "misc", "base", "helpers", "helper"}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 50
+# A GPU kernel is one function: its arguments and constants alone take a line each.
+MAX_KERNEL_LINES = 110
 
 
 def functions(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -25,7 +27,9 @@ def test_files_and_functions_stay_small(path: Path):
     assert path.read_text().count("\n") <= MAX_FILE_LINES
     for function in functions(path):
         lines = (function.end_lineno or 0) - function.lineno + 1
-        assert lines <= MAX_FUNCTION_LINES, f"{function.name} has {lines} lines"
+        is_kernel = any(ast.unparse(d) == "triton.jit" for d in function.decorator_list)
+        limit = MAX_KERNEL_LINES if is_kernel else MAX_FUNCTION_LINES
+        assert lines <= limit, f"{function.name} has {lines} lines"
 
 
 def test_native_sources_stay_small():
