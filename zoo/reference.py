@@ -98,8 +98,12 @@ def run(model: AnyModel, sequences: Iterable[Sequence[int]]) -> Expected:
 
 def noise(expected: Expected) -> float:
     """How far the model's own float32 is from its float64, over the largest logit: what rounding
-    does in a network as ill-conditioned as this one. The model is float64 from then on."""
-    exact = run(expected.model.double(), expected.sequences)
+    does in a network as ill-conditioned as this one; 0 where the model does not run in float64. It
+    is float64 from then on."""
+    try:
+        exact = run(expected.model.double(), expected.sequences)
+    except BadCheckpoint:
+        return 0.0
     pairs = zip(expected.logits, exact.logits, strict=True)
     return max(float((own - good).abs().max() / good.abs().max()) for own, good in pairs)
 

@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from tests import builders, tuned
 from tests.zoo.test_add import assert_same_tensors
+from zoo.adapters.adapter import read_adapter
 from zoo.add import AddOptions, add
 from zoo.catalog import Catalog
+from zoo.compose import ground_of
 from zoo.door import Manifests, offline
 from zoo.errors import BadAdapter, BadSource, NotEqual, ZooError
 from zoo.export import export
@@ -24,6 +26,7 @@ from zoo.manifest import Attachment, Variant, virtual_tokens
 from zoo.progress import Quiet
 from zoo.reference import noise, run
 from zoo.store import Store
+from zoo.witness import call_witness
 
 # GPT-2 has biases, norms with biases, and matrices that lie the other way.
 CASES = [
@@ -249,6 +252,17 @@ def test_the_golden_check_refuses_a_chain_that_is_not_its_source(bases: Path, tm
 
 def test_what_rounding_does_is_measured_on_the_source_itself(bases: Path):
     model = AutoModelForCausalLM.from_pretrained(bases / "llama", dtype=torch.float32).eval()
+    assert 0 < noise(run(model, [TOKENS])) < ROUNDING
+
+
+@pytest.mark.parametrize("kind", [*tuned.BOTTLENECKS])
+def test_rounding_is_measured_beside_bottlenecks_too(bases: Path, tmp_path: Path, kind: str):
+    source = tuned.make(kind, tmp_path / "source", bases / "llama")
+    catalog, store = Catalog(bases / "zoo"), Store(bases / "zoo")
+    base = catalog.variant("llama")
+    units = [catalog.unit(unit) for unit in catalog.chain(base.chain).units]
+    adapter = read_adapter(source, str(source))
+    model = call_witness(store, base, adapter, ground_of(store, base, units), 0)
     assert 0 < noise(run(model, [TOKENS])) < ROUNDING
 
 

@@ -42,12 +42,16 @@ class _Detour(nn.Module):
             read = added + self._stream if self._settings.original_ln_before else added
         inner = self._act(self._linear("adapter_down.0", read))
         scale = self._settings.scaling
-        factor = self._parts["scaling"] if isinstance(scale, str) else scale
+        factor = self._parts["scaling"].to(added.dtype) if isinstance(scale, str) else scale
         return factor * self._linear("adapter_up", inner)
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
+        bias = self._parts.get(f"{name}.bias")
+        # The golden check also runs the model in float64.
         return nn.functional.linear(
-            x, self._parts[f"{name}.weight"], self._parts.get(f"{name}.bias")
+            x,
+            self._parts[f"{name}.weight"].to(x.dtype),
+            None if bias is None else bias.to(x.dtype),
         )
 
 
