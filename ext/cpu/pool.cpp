@@ -20,6 +20,8 @@ using Clock = std::chrono::steady_clock;
 // turn.
 constexpr auto kPoliteness = std::chrono::microseconds(30);
 constexpr auto kSpin = std::chrono::microseconds(150);
+// The task number of a job that offers none yet.
+constexpr uint64_t kNothing = 0xffffffffu;
 
 void pause_briefly() {
   for (int i = 0; i < 8; ++i) _mm_pause();
@@ -44,11 +46,14 @@ Pool::~Pool() {
 
 void Pool::post(int64_t tasks, Function function, const void* context) {
   std::lock_guard<std::mutex> lock(posting_);
-  function_.store(function, std::memory_order_relaxed);
-  context_.store(context, std::memory_order_relaxed);
-  tasks_.store(tasks, std::memory_order_relaxed);
-  done_.store(0, std::memory_order_relaxed);
   const uint32_t job = signal_.load(std::memory_order_relaxed) + 1;
+  // A worker that still holds a claim word of the last job must not take a task with it once the
+  // fields below are of this one: the word changes first, to one that offers nothing.
+  claim_.store(static_cast<uint64_t>(job) << 32 | kNothing);
+  function_.store(function, std::memory_order_release);
+  context_.store(context, std::memory_order_release);
+  tasks_.store(tasks, std::memory_order_release);
+  done_.store(0, std::memory_order_release);
   claim_.store(static_cast<uint64_t>(job) << 32);
   signal_.store(job);
   if (sleepers_.load() > 0) futex(&signal_, FUTEX_WAKE_PRIVATE, INT32_MAX);
@@ -63,9 +68,9 @@ void Pool::post(int64_t tasks, Function function, const void* context) {
 void Pool::participate(uint32_t job) {
   uint64_t word = claim_.load(std::memory_order_acquire);
   if (static_cast<uint32_t>(word >> 32) != job) return;
-  const Function function = function_.load(std::memory_order_relaxed);
-  const void* const context = context_.load(std::memory_order_relaxed);
-  const int64_t tasks = tasks_.load(std::memory_order_relaxed);
+  const Function function = function_.load(std::memory_order_acquire);
+  const void* const context = context_.load(std::memory_order_acquire);
+  const int64_t tasks = tasks_.load(std::memory_order_acquire);
   while (static_cast<uint32_t>(word >> 32) == job) {
     const int64_t task = static_cast<int64_t>(word & 0xffffffffu);
     if (task >= tasks) return;
