@@ -271,7 +271,7 @@ def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--isa", default="auto", help="auto, avx2 or avx512")
+    parser.add_argument("--isa", default="auto", help="auto, avx2, avx512 or amx")
     parser.add_argument("--json", type=Path, help="append the measurements to this file")
     parser.add_argument("--alone", action="store_true", help="one thread, by its processor time")
     options = parser.parse_args()

@@ -8,6 +8,7 @@ libasan is preloaded).
 """
 
 import argparse
+import ctypes
 import hashlib
 import os
 import shutil
@@ -18,12 +19,15 @@ from functools import cache
 from pathlib import Path
 from typing import Literal, get_args
 
-Isa = Literal["avx2", "avx512"]
+Isa = Literal["avx2", "avx512", "amx"]
 
 SOURCES = Path(__file__).parent / "cpu"
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
 ISA_FLAGS: dict[Isa, tuple[str, ...]] = {
-    "avx2": ("-mavx2", "-mfma", "-mf16c"),
-    "avx512": ("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
+    "avx2": _AVX2,
+    "avx512": _AVX512,
+    "amx": (*_AVX512, "-mamx-tile", "-mamx-bf16"),
 }
 # No contraction: a row's bits must not depend on which copy of a loop the compiler fused where.
 FLAGS = (
@@ -37,8 +41,12 @@ FLAGS = (
 )
 SANITIZE_FLAGS = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 CPU_FEATURES: dict[Isa, frozenset[str]] = {
-    isa: frozenset(flag.removeprefix("-m") for flag in flags) for isa, flags in ISA_FLAGS.items()
+    isa: frozenset(flag.removeprefix("-m").replace("-", "_") for flag in flags)
+    for isa, flags in ISA_FLAGS.items()
 }
+# arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA): Linux lends a process AMX's registers when it
+# asks for them.
+_ASK_FOR_TILES = (158, 0x1023, 18)
 NO_MACHINE = "the native CPU kernels need an x86-64 Linux machine with AVX2, FMA and F16C"
 
 
@@ -54,7 +62,13 @@ def supported() -> tuple[Isa, ...]:
     except OSError:
         return ()
     flags = {word for line in lines if line.startswith("flags") for word in line.split()}
-    return tuple(isa for isa in ("avx512", "avx2") if flags >= CPU_FEATURES[isa])
+    found = (isa for isa in ("amx", "avx512", "avx2") if flags >= CPU_FEATURES[isa])
+    return tuple(isa for isa in found if isa != "amx" or _has_tiles())
+
+
+def _has_tiles() -> bool:
+    """Whether the system lets this process use AMX; from then on it does."""
+    return ctypes.CDLL(None).syscall(*_ASK_FOR_TILES) == 0
 
 
 def library(isa: Isa, *, sanitize: bool = False) -> Path:

@@ -70,9 +70,8 @@ class CpuOps:
     device = torch.device("cpu")
 
     def __init__(self, threads: int = 0, isa: Isa | str = "auto") -> None:
-        self.isa = native.choose(isa)
+        self.isa, self._native = native.load(isa)
         self.threads = threads or torch.get_num_threads()
-        self._native = native.load(self.isa)
         self._pool = ctypes.c_void_p(self._native.blockllm_open(self.threads))
         weakref.finalize(self, self._native.blockllm_close, self._pool)
         self._packing = Packing(self._native, self._pool)

@@ -5,6 +5,7 @@ The formats mirror ext/cpu/records.h field by field; every field there is 8 byte
 """
 
 import ctypes
+import logging
 import os
 from collections.abc import Sequence
 from struct import Struct
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from ext.build import NO_MACHINE, Isa, Unavailable, library, supported
 from ext.ops import Norm, NormRows
+
+_log = logging.getLogger(__name__)
 
 MATRIX = Struct("Qqqq")
 PACKING = Struct("QqqqQqq")
@@ -73,29 +76,36 @@ class Record:
         self.address = ctypes.addressof(self._data)
 
 
-def choose(isa: Isa | str) -> Isa:
-    """The instruction set to use: `isa`; if "auto", BLOCKLLM_ISA or the best this machine runs."""
+def load(isa: Isa | str) -> tuple[Isa, ctypes.CDLL]:
+    """The kernels for an instruction set, built if need be: `isa`; if "auto", BLOCKLLM_ISA or the
+    best that this machine runs and its compiler knows. Raises Unavailable."""
     if isa == "auto":
         isa = os.environ.get("BLOCKLLM_ISA", "auto")
     found = supported()
     if not found:
         raise Unavailable(NO_MACHINE)
-    if isa == "auto":
-        return found[0]
-    for name in found:
-        if name == isa:
-            return name
-    raise Unavailable(f"this machine does not run {isa} kernels, only {' and '.join(found)}")
+    wanted = [name for name in found if isa in (name, "auto")]
+    if not wanted:
+        raise Unavailable(f"this machine does not run {isa} kernels, only {' and '.join(found)}")
+    for name in wanted[:-1]:
+        try:
+            return name, _open(name)
+        except Unavailable as error:
+            _log.warning("%s kernels are not used: %s", name, error)
+    return wanted[-1], _open(wanted[-1])
 
 
-def load(isa: Isa) -> ctypes.CDLL:
-    """The library for `isa`, built if need be, with its functions' types. Raises Unavailable."""
+def _open(isa: Isa) -> ctypes.CDLL:
+    """The library for `isa`, with its functions' types."""
     path = library(isa, sanitize=os.environ.get("BLOCKLLM_SANITIZE") == "1")
     try:
         native = ctypes.CDLL(str(path))
     except OSError as error:
         raise Unavailable(f"the CPU kernels cannot be loaded: {error}") from error
     native.blockllm_panel.restype = ctypes.c_int64
+    native.blockllm_bf16_storage.restype = ctypes.c_int64
+    native.blockllm_packed_bytes.argtypes = (ctypes.c_int64,) * 3
+    native.blockllm_packed_bytes.restype = ctypes.c_int64
     native.blockllm_open.argtypes = (ctypes.c_int64,)
     native.blockllm_open.restype = ctypes.c_void_p
     native.blockllm_close.argtypes = (ctypes.c_void_p,)

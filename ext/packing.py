@@ -1,6 +1,7 @@
 """Weights as the native CPU kernels read them: packed into panels, or kept in rows.
 
-Panels are described in ext/cpu/panel.h. Nothing is lost: elements keep their stored 2 or 4 bytes.
+Panels are described in ext/cpu/panel.h, AMX's tiles in ext/cpu/amx.h. Nothing is lost: elements
+keep their stored 2 or 4 bytes.
 """
 
 import ctypes
@@ -16,7 +17,7 @@ from ext.memory import Arena
 
 @dataclass(eq=False, slots=True)
 class CpuMatrix:
-    """A packed weight: panels in `memory`, and the record that describes them."""
+    """A packed weight: panels or tiles in `memory`, and the record that describes them."""
 
     out_features: int
     in_features: int
@@ -33,13 +34,15 @@ class Packing:
         self._pool = pool
         self._arena = Arena()
         self.panel: int = library.blockllm_panel()
+        self._storage = native.STORAGE | {torch.bfloat16: library.blockllm_bf16_storage()}
 
     def matrix(self, weight: Tensor) -> CpuMatrix:
         """A linear layer's weight [out, in]."""
+        _check(weight)
         out, width = weight.shape
-        memory = self._pack(weight)
-        view = (memory.ctypes.data, out, width, native.STORAGE[weight.dtype])
-        record = native.Record(native.MATRIX.pack(*view))
+        storage = self._storage[weight.dtype]
+        memory = self._pack(weight, storage)
+        record = native.Record(native.MATRIX.pack(memory.ctypes.data, out, width, storage))
         return CpuMatrix(out, width, memory.nbytes, memory, record)
 
     def factor(self, weight: Tensor) -> Tensor:
@@ -52,7 +55,9 @@ class Packing:
 
     def panels(self, weight: Tensor) -> Tensor:
         """[out, in] -> [panels, in, outputs of a panel]."""
-        packed = torch.from_numpy(self._pack(weight)).view(weight.dtype)
+        _check(weight)
+        packed = torch.from_numpy(self._pack(weight, native.STORAGE[weight.dtype]))
+        packed = packed.view(weight.dtype)
         return packed.view(-1, weight.shape[1], self.panel)
 
     def rows(self, panels: Tensor, count: int) -> Tensor:
@@ -62,13 +67,11 @@ class Packing:
             return pairs.permute(0, 3, 2, 1).flatten(0, 2)[:count]
         return panels.permute(0, 2, 1).flatten(0, 1)[:count]
 
-    def _pack(self, weight: Tensor) -> np.ndarray:
-        """The bytes of a matrix [out, in] in panels."""
-        _check(weight)
+    def _pack(self, weight: Tensor, storage: int) -> np.ndarray:
+        """The bytes of a matrix [out, in], packed."""
         out, width = weight.shape
-        panels = -(-out // self.panel)
-        memory = self._arena.take(panels * self.panel * width * weight.element_size())
-        view = (memory.ctypes.data, out, width, native.STORAGE[weight.dtype])
+        memory = self._arena.take(self._native.blockllm_packed_bytes(out, width, storage))
+        view = (memory.ctypes.data, out, width, storage)
         packing = native.PACKING.pack(*view, weight.data_ptr(), *weight.stride())
         self._native.blockllm_pack(self._pool, packing)
         return memory

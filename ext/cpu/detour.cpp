@@ -3,6 +3,7 @@
 // A task takes one group of an adapter's rows through both matrices, so that however many adapters
 // a batch has, it is one job.
 #include "activation.h"
+#include "amx.h"
 #include "chunk.h"
 #include "exports.h"
 #include "scratch.h"
@@ -11,9 +12,19 @@
 namespace blockllm {
 namespace {
 
-// sums[panel][row][kPanel] = packed rows times the matrix, plus bias.
-void transform(const Matrix& m, const float* bias, const float* packed, int64_t rows, float* sums) {
+// sums[panel][row][kPanel] = rows times the matrix, for tiles and for panels.
+void multiply_cut(const Matrix& m, const float* x, int64_t rows, float* sums) {
+  if constexpr (kHasTiles) {
+    auto* cut = scratch<kCut, uint16_t>(cut_size(rows, m.in));
+    cut_group(x, m.in, rows, cut);
+    multiply_tiles(m, {0, panels_of(m.out)}, cut, rows, sums);
+  }
+}
+
+void multiply_packed(const Matrix& m, const float* x, int64_t rows, float* sums) {
   const int64_t panels = panels_of(m.out), stride = m.in * kPanel;
+  float* packed = scratch<kDetourRows>(rows * m.in);
+  pack_group(x, m.in, rows, packed);
   with_storage(m.storage, [&](auto type) {
     using T = decltype(type);
     const auto* weights = static_cast<const typename T::Element*>(m.data);
@@ -27,28 +38,31 @@ void transform(const Matrix& m, const float* bias, const float* packed, int64_t 
       i += wide;
     }
   });
+}
+
+// sums[panel][row][kPanel] = rows [rows, in] times the matrix, plus bias.
+void transform(const Matrix& m, const float* bias, const float* x, int64_t rows, float* sums) {
+  m.storage == Storage::kTiles ? multiply_cut(m, x, rows, sums) : multiply_packed(m, x, rows, sums);
   for (int64_t c = 0; bias != nullptr && c < m.out; ++c)
     for (int64_t r = 0; r < rows; ++r)
       sums[(c / kPanel * rows + r) * kPanel + c % kPanel] += bias[c];
 }
 
-// The sums of a small matrix, activated, as the packed rows of the next.
-void activate_inner(Act kind, int64_t width, int64_t rows, float* sums, float* packed) {
+// The sums of a small matrix, activated, as rows [rows, width] for the next.
+void activate_inner(Act kind, int64_t width, int64_t rows, float* sums, float* out) {
   with_act(kind, [&](auto act_kind) {
     for (int64_t i = 0; i < panels_of(width) * rows * kPanel; i += kLanes)
       store(sums + i, act<decltype(act_kind)::value>(load(sums + i)));
   });
   for (int64_t c = 0; c < width; ++c)
     for (int64_t r = 0; r < rows; ++r)
-      packed[c * rows + r] = sums[(c / kPanel * rows + r) * kPanel + c % kPanel];
+      out[r * width + c] = sums[(c / kPanel * rows + r) * kPanel + c % kPanel];
 }
 
 void run_group(const DetourCall& call, const Detour& d, const Rows& group) {
   const int64_t rows = group.count, inner = d.down->out, width = d.up->out;
-  float* packed = scratch<kDetourRows>(rows * d.down->in);
-  pack_group(call.z + group.first * d.down->in, d.down->in, rows, packed);
   float* sums = scratch<kDetourSums>(rows * kPanel * std::max(panels_of(inner), panels_of(width)));
-  transform(*d.down, d.down_bias, packed, rows, sums);
+  transform(*d.down, d.down_bias, call.z + group.first * d.down->in, rows, sums);
   float* small = scratch<kInner>(rows * inner);
   activate_inner(d.kind, inner, rows, sums, small);
   transform(*d.up, d.up_bias, small, rows, sums);

@@ -1,10 +1,14 @@
-// Opening and closing the library's thread pool.
+// Opening and closing the library's thread pool, and what its layouts are.
 #include "exports.h"
 
+#include "amx.h"
 #include "panel.h"
 
-blockllm::Pool* blockllm_open(int64_t threads) {
-  return new blockllm::Pool(static_cast<int>(threads));
+using namespace blockllm;
+
+Pool* blockllm_open(int64_t threads) { return new Pool(static_cast<int>(threads)); }
+void blockllm_close(Pool* pool) { delete pool; }
+int64_t blockllm_panel() { return kPanel; }
+int64_t blockllm_bf16_storage() {
+  return static_cast<int64_t>(kHasTiles ? Storage::kTiles : Storage::kBF16);
 }
-void blockllm_close(blockllm::Pool* pool) { delete pool; }
-int64_t blockllm_panel() { return blockllm::kPanel; }

@@ -71,7 +71,7 @@ struct Float16 {
   static float value(Element bits) { return _cvtsh_ss(bits); }
 };
 
-// Calls body with the type that describes the storage.
+// Calls body with the type that describes a storage in panels.
 template <class Body>
 void with_storage(Storage storage, Body&& body) {
   switch (storage) {
@@ -81,6 +81,8 @@ void with_storage(Storage storage, Body&& body) {
       return body(BFloat16{});
     case Storage::kF16:
       return body(Float16{});
+    case Storage::kTiles:
+      return;
   }
 }
 

@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t kRanksPerTask = 32;
 constexpr int64_t kTasksPerThread = 8;  // where tasks pack their chunks
+constexpr int64_t kCutBytes = 1 << 20;  // of a chunk's rows cut for tiles
 
 // Normalizes rows into `plain`, unless it is null.
 void normalize_rows(const ProjectCall& call, const Rows& rows, float* plain) {
@@ -21,11 +22,19 @@ void normalize_rows(const ProjectCall& call, const Rows& rows, float* plain) {
     normalize(norm_of(call.norm, r), call.x + r * width, width, plain + r * width);
 }
 
-// Group `g` of some rows, from [rows, width] into its place among the packed groups.
+// Groups of some rows, from [rows, width] into their places among the packed groups: those for
+// panels, of which there are groups_of(rows), and those for tiles.
 void pack(const Rows& rows, int64_t g, int64_t width, const float* plain, float* packed) {
   const Rows group = part(rows.count, groups_of(rows.count), g);
   pack_group(plain + (rows.first + group.first) * width, width, group.count,
              packed + group.first * width);
+}
+
+void cut(const Rows& rows, int64_t g, int64_t width, const float* plain, uint16_t* packed) {
+  const Rows group = part(rows.count, ceil_div(rows.count, kHeight), g);
+  if constexpr (kHasTiles)
+    cut_group(plain + (rows.first + group.first) * width, width, group.count,
+              packed + cut_size(group.first, width));
 }
 
 struct ShrinkTask {
@@ -143,14 +152,23 @@ struct Jobs {
 void project_one_chunk(Pool* pool, Projection& p, float* normed) {
   const ProjectCall& call = p.call;
   const Rows rows{0, call.rows};
-  float* packed = call.rows > 1 ? scratch<kPacked>(call.rows * call.width) : nullptr;
-  pool->run(groups_of(call.rows), [&](int64_t g) {
-    normalize_rows(call, part(call.rows, groups_of(call.rows), g), normed);
-    if (packed != nullptr) pack(rows, g, call.width, p.plain, packed);
+  const bool packs = p.has_panels && call.rows > 1;
+  float* packed = packs ? scratch<kPacked>(call.rows * call.width) : nullptr;
+  auto* pieces = p.has_tiles ? scratch<kCut, uint16_t>(cut_size(call.rows, call.width)) : nullptr;
+  const int64_t groups = p.has_tiles ? ceil_div(call.rows, kHeight) : groups_of(call.rows);
+  pool->run(groups, [&](int64_t g) {
+    normalize_rows(call, part(call.rows, groups, g), normed);
+    if (p.has_tiles) {
+      cut(rows, g, call.width, p.plain, pieces);
+    } else if (packs) {
+      pack(rows, g, call.width, p.plain, packed);
+    }
   });
+  for (int64_t g = 0; p.has_tiles && packs && g < groups_of(call.rows); ++g)
+    pack(rows, g, call.width, p.plain, packed);
   p.shrunk = shrink_all(pool, p);
   const Jobs jobs(p);
-  const Chunk chunk{rows, packed != nullptr ? packed : p.plain};
+  const Chunk chunk{rows, packs ? packed : p.plain, pieces};
   pool->run(jobs.count(), [&](int64_t job) { jobs.run(job, chunk); });
 }
 
@@ -165,10 +183,27 @@ void project_chunks(Pool* pool, Projection& p, float* normed) {
   pool->run(p.chunks * parts, [&](int64_t task) {
     const Rows rows = p.chunk(task / parts), own = part(jobs.count(), parts, task % parts);
     float* packed = scratch<kPacked>(rows.count * width);
-    for (int64_t g = 0; g < groups_of(rows.count); ++g) pack(rows, g, width, p.plain, packed);
+    auto* pieces = scratch<kCut, uint16_t>(cut_size(rows.count, width));
+    for (int64_t g = 0; p.has_panels && g < groups_of(rows.count); ++g)
+      pack(rows, g, width, p.plain, packed);
+    for (int64_t g = 0; p.has_tiles && g < ceil_div(rows.count, kHeight); ++g)
+      cut(rows, g, width, p.plain, pieces);
     for (int64_t job = own.first; job < own.first + own.count; ++job)
-      jobs.run(job, {rows, packed});
+      jobs.run(job, {rows, packed, pieces});
   });
+}
+
+// Rows of a chunk: for tiles as many as the second-level cache holds beside a panel.
+int64_t chunk_rows(const ProjectCall& call, bool has_tiles) {
+  if (!has_tiles) return kChunk;
+  const int64_t pairs = kCutBytes / (cut_size(2 * kHeight, call.width) * sizeof(uint16_t));
+  return 2 * kHeight * std::max<int64_t>(1, pairs);
+}
+
+// How many panels a task computes: enough sums to hide latencies, few enough to share them out.
+int64_t panels_per_job(int64_t rows, bool has_panels) {
+  if (!has_panels) return rows <= 8 ? 4 : 1;
+  return rows <= 8 ? 4 : rows <= 32 ? 2 : 1;
 }
 
 }  // namespace
@@ -177,10 +212,15 @@ void project_chunks(Pool* pool, Projection& p, float* normed) {
 using namespace blockllm;
 
 void blockllm_project(Pool* pool, const ProjectCall* call) {
+  const LinearCall* end = call->linears + call->count;
+  const bool has_tiles = std::any_of(call->linears, end, in_tiles);
+  const bool has_panels = !std::all_of(call->linears, end, in_tiles);
+  const int64_t size = chunk_rows(*call, has_tiles);
+  const int64_t chunks = call->rows <= std::max(size, kOneChunk) ? 1 : ceil_div(call->rows, size);
+  const int64_t panels = panels_per_job(call->rows, has_panels);
   const bool norms = call->norm.kind != NormKind::kNone;
-  const int64_t chunks = call->rows <= kOneChunk ? 1 : ceil_div(call->rows, kChunk);
-  const int64_t panels = call->rows <= 8 ? 4 : call->rows <= 32 ? 2 : 1;
   float* normed = norms ? scratch<kRows>(call->rows * call->width) : nullptr;
-  Projection p{*call, chunks, panels, norms ? normed : call->x, nullptr};
+  Projection p{*call,      chunks,  panels, has_panels, has_tiles, norms ? normed : call->x,
+               nullptr};
   chunks == 1 ? project_one_chunk(pool, p, normed) : project_chunks(pool, p, normed);
 }

@@ -1,6 +1,7 @@
 // A projection under way: the call, how its rows and panels are shared out, and the products of one
 // task.
 #pragma once
+#include "amx.h"
 #include "lora.h"
 #include "runs.h"
 #include "scratch.h"
@@ -19,17 +20,23 @@ struct Projection {
   const ProjectCall& call;
   int64_t chunks;  // of rows
   int64_t panels_per_job;
+  bool has_panels, has_tiles;  // among the layers
   const float* plain;          // normalized rows [rows, width]
   const float* const* shrunk;  // of each linear layer
 
   Rows chunk(int64_t i) const { return part(call.rows, chunks, i); }
 };
 
-// A chunk of rows with its packed groups.
+// A chunk of rows with its packed groups, for products with panels and with tiles.
 struct Chunk {
   Rows rows;
   const float* packed;
+  const uint16_t* cut;
 };
+
+inline bool in_tiles(const LinearCall& linear) {
+  return kHasTiles && linear.matrix->storage == Storage::kTiles;
+}
 
 // Widens a run of one panel to float32, which pays where several groups of rows read it.
 template <class T>
@@ -103,6 +110,19 @@ void multiply(const Projection& p, const LinearCall& linear, const Rows& panels,
   }
 }
 
+// The same of any number of panels, of any storage.
+inline void multiply_panels(const Projection& p, const LinearCall& linear, const Rows& panels,
+                            const Chunk& chunk, float* sums) {
+  const int64_t rows = chunk.rows.count, tallest = ceil_div(rows, groups_of(rows));
+  for (int64_t at = 0; at < panels.count;) {
+    const Rows some{panels.first + at, tile_panels(tallest, panels.count - at)};
+    with_storage(linear.matrix->storage, [&](auto type) {
+      multiply<decltype(type)>(p, linear, some, chunk, sums + at * rows * kPanel);
+    });
+    at += some.count;
+  }
+}
+
 // What some rows of a layer end in, once products and low-rank pieces are summed.
 struct Ending {
   int64_t last;  // of the rows that it holds for
@@ -141,13 +161,11 @@ inline void end_panel(const LinearCall& linear, int64_t panel, const Rows& chunk
 inline void compute(const Projection& p, int64_t i, const Rows& panels, const Chunk& chunk,
                     float* sums) {
   const LinearCall& linear = p.call.linears[i];
-  const int64_t rows = chunk.rows.count, tallest = ceil_div(rows, groups_of(rows));
-  for (int64_t at = 0; at < panels.count;) {
-    const Rows some{panels.first + at, tile_panels(tallest, panels.count - at)};
-    with_storage(linear.matrix->storage, [&](auto type) {
-      multiply<decltype(type)>(p, linear, some, chunk, sums + at * rows * kPanel);
-    });
-    at += some.count;
+  const int64_t rows = chunk.rows.count;
+  if (in_tiles(linear)) {
+    if constexpr (kHasTiles) multiply_tiles(*linear.matrix, panels, chunk.cut, rows, sums);
+  } else {
+    multiply_panels(p, linear, panels, chunk, sums);
   }
   for (int64_t s = 0; linear.patch != nullptr && s < linear.patch->count; ++s) {
     const Segment& segment = linear.patch->segments()[s];

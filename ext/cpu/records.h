@@ -5,11 +5,12 @@
 
 namespace blockllm {
 
-enum class Storage : int64_t { kF32 = 0, kBF16 = 1, kF16 = 2 };
+// kTiles: bfloat16 in tiles for AMX (amx.h), of weights alone; the others lie in panels.
+enum class Storage : int64_t { kF32 = 0, kBF16 = 1, kF16 = 2, kTiles = 3 };
 enum class NormKind : int64_t { kNone = 0, kRms = 1, kLayer = 2 };
 enum class Act : int64_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3, kTanh = 4, kNone = 5 };
 
-// A packed weight [out, in]; its layout is described in panel.h.
+// A packed weight [out, in]; its layout is described in panel.h and amx.h.
 struct Matrix {
   const void* data;
   int64_t out, in;

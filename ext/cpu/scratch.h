@@ -13,6 +13,7 @@ enum Use {
   // rows of a projection
   kRows,
   kPacked,
+  kCut,
   kShrunk,
   kShrunkStarts,
   kShrinkTasks,

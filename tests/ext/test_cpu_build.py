@@ -58,6 +58,18 @@ def test_says_why_it_cannot_run() -> None:
         CpuOps(isa="sse2")
 
 
+@pytest.mark.skipif(len(supported()) < 2, reason="needs a machine that runs two sets of kernels")
+def test_takes_the_next_best_where_the_compiler_does_not_know_the_best(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    best, other = supported()[:2]
+    flags = build.ISA_FLAGS | {best: ("-mno-such-instructions",)}
+    monkeypatch.setattr(build, "ISA_FLAGS", flags)
+    assert CpuOps(threads=1).isa == other
+    with pytest.raises(Unavailable, match="cannot build the CPU kernels"):
+        CpuOps(threads=1, isa=best)
+
+
 def test_the_environment_chooses_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BLOCKLLM_ISA", "avx2")
     assert CpuOps(threads=1).isa == "avx2"
