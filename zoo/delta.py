@@ -70,7 +70,7 @@ def compress(
 ) -> Delta:
     """Approximate `tuned` upon `base` with at most `share` of the bytes of its tensors. What is
     exact comes first; raises BadCheckpoint where the budget is too small even for that."""
-    delta = _place(base, tuned)
+    delta = outline(base, tuned)
     budget = int(share * _bytes(store, (d for unit in tuned for d in unit.tensors.values())))
     spent = _bytes(store, _own(base, delta))
     if spent > budget:
@@ -120,7 +120,7 @@ def difference_of(store: Store, piece: LowRank, spec: Spec) -> Tensor:
     return (product.T if _is_transposed(spec) else product) * piece.scale
 
 
-def _place(base: Sequence[Unit], tuned: Sequence[Unit]) -> Delta:
+def outline(base: Sequence[Unit], tuned: Sequence[Unit]) -> Delta:
     """Say for each tensor that moved what becomes of it; the matrices are left to be factorized."""
     delta = Delta(list(base), [[] for _ in base])
     for place, (theirs, ours) in enumerate(zip(base, tuned, strict=True)):

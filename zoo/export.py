@@ -16,6 +16,7 @@ import msgspec
 from zoo.adapters.adapter import CONFIG_NAME, HEAD_STEM, LIBRARY_STEM, STEM
 from zoo.adapters.summed import lora_of
 from zoo.catalog import Catalog
+from zoo.dummy.refusal import check_weights
 from zoo.errors import BadName, BadSource, DiskFull, StoreFailure, UnsupportedOption
 from zoo.families.registry import family_named
 from zoo.manifest import Variant
@@ -31,6 +32,7 @@ def export(root: Path, name: str, target: Path, progress: Progress) -> Path:
     store = Store(root)
     with contextlib.closing(Catalog(root)) as catalog:
         variant = catalog.variant(name)
+        check_weights([variant], "exported")
         files = _made_files(catalog, store, variant, progress)
     if not files and not variant.tensors:
         raise UnsupportedOption(

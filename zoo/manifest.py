@@ -348,7 +348,8 @@ class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     names in `files` that it has from its base; export leaves them out. `measured` is there unless
     it is stored exactly, `bound` is the agreement that was asked of it. What is measured of a
     `private` variant is never kept beside what is another `tenant`'s. `golden` is the largest
-    relative difference of its logits to the source's own; None where that was not looked at."""
+    relative difference of its logits to the source's own; None where that was not looked at. A
+    `dummy` has shapes and no weights: none of its tensors is in the store."""
 
     name: str
     chain: ChainDigest
@@ -372,6 +373,7 @@ class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     private: bool = False
     tenant: str = ""
     golden: float | None = None
+    dummy: bool = False
 
 
 _encoder = msgspec.json.Encoder(order="deterministic")

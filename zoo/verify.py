@@ -8,6 +8,7 @@ from pathlib import Path
 
 from zoo.audit import audit
 from zoo.catalog import Catalog
+from zoo.dummy.refusal import check_weights
 from zoo.errors import DamagedObject, MissingObject
 from zoo.findings import Findings
 from zoo.manifest import ObjectDigest
@@ -68,6 +69,7 @@ def verify(root: Path, progress: Progress) -> Verdict:
     """Check every manifest, every object that is needed, and every other one that is on disk."""
     store = Store(root)
     with Catalog(root).snapshot() as catalog:
+        check_weights(catalog.served(), "verified")
         damages = [Damage(what, "damaged", names) for what, names in audit(catalog).items()]
         if damages:
             # Whoever needs what cannot be told from manifests that are not what they were.

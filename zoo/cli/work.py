@@ -1,15 +1,16 @@
-"""Verbs that make and score variants: demo, train, evaluate."""
+"""Verbs that make and score variants: demo, dummy, train, evaluate."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from zoo.cli.app import JsonOption, ZooOption, app, err, root_of, show
+from zoo.cli.app import JsonOption, WaitOption, ZooOption, app, err, out, root_of, show
 from zoo.console import ConsoleProgress
 
 TaskName = Annotated[str, typer.Argument(metavar="TASK", help="One of the project's tasks.")]
 BaseFolder = Annotated[Path, typer.Argument(metavar="BASE", help="A transformers folder.")]
+DummyFolder = Annotated[Path, typer.Argument(metavar="DIR", help="The zoo's folder.")]
 OutFolder = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")]
 RowsOption = Annotated[
     Path | None,
@@ -23,6 +24,46 @@ def demo_command(context: typer.Context, zoo: ZooOption = None) -> None:
     from zoo.demo import demo
 
     demo(root_of(context, zoo), console=err)
+
+
+@app.command("dummy")
+def dummy_command(  # noqa: PLR0913 one parameter per option
+    folder: DummyFolder,
+    config: Annotated[
+        str,
+        typer.Option(
+            metavar="SHAPES", help="llama-3.1-8b and the like, a config.json, or its folder."
+        ),
+    ],
+    loras: Annotated[int, typer.Option(help="LoRA adapters on every linear layer.")] = 0,
+    rank: Annotated[int, typer.Option(help="Their rank.")] = 16,
+    lasts: Annotated[int, typer.Option(help="Fine-tunes of the last layers.")] = 0,
+    last_layers: Annotated[int, typer.Option(help="How many layers these have tuned.")] = 4,
+    fulls: Annotated[int, typer.Option(help="Full fine-tunes.")] = 0,
+    deltas: Annotated[int, typer.Option(help="Full fine-tunes kept as differences.")] = 0,
+    delta_rank: Annotated[int, typer.Option(help="The rank of these differences.")] = 128,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal weights.")] = 0,
+    wait: WaitOption = 600.0,
+) -> None:
+    """Make a zoo of shapes without weights, for launch --load-format dummy."""
+    from zoo.dummy.make import make
+    from zoo.dummy.recipe import Recipe
+
+    recipe = Recipe(
+        config=config,
+        seed=seed,
+        dtype=dtype,
+        loras=loras,
+        rank=rank,
+        lasts=lasts,
+        last_layers=last_layers,
+        fulls=fulls,
+        deltas=deltas,
+        delta_rank=delta_rank,
+    )
+    added = make(folder, recipe, ConsoleProgress(err), wait)
+    out.print(f"added {len(added)} variants to {folder}: launch --load-format dummy --zoo {folder}")
 
 
 @app.command("train")

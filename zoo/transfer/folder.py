@@ -9,6 +9,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from zoo.catalog import Catalog, Publication
+from zoo.dummy.refusal import check_weights
 from zoo.errors import DiskFull, MissingObject, UnknownVariant
 from zoo.manifest import ChainDigest
 from zoo.reach import Reach
@@ -40,6 +41,7 @@ class Folder:
     def _shipment(self, name: str) -> Shipment:
         self._catalog.database.check_plain()
         variant = self._catalog.variant(name)
+        check_weights([variant], "sent to another zoo")
         reach, infos = Reach(self._catalog), self._catalog.objects()
         footprint = reach.footprint(variant)
         objects = {d: infos.get(d) or self._store.info(d) for d in sorted(footprint.objects)}
