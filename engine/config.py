@@ -53,6 +53,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ops: Annotated[str, Meta(description="kernels of the workers; auto: the fastest there are")] = (
         "auto"
     )
+    load_format: Annotated[
+        Literal["auto", "dummy"],
+        Meta(description="dummy: random weights of the variants' shapes, for benchmarks"),
+    ] = "auto"
     threads: Annotated[Amount, Meta(description="threads of one worker; 0: its share of cores")] = 0
 
     max_num_seqs: Annotated[Count, Meta(description="requests that run at once on one worker")] = (

@@ -176,6 +176,7 @@ class Fleet:
             zoo=str(self._zoo),
             device=slot.device,
             ops=config.ops,
+            load_format=config.load_format,
             threads=config.threads,
             page=config.block_size,
             kv_bytes=config.kv_cache_memory_bytes,

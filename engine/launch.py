@@ -16,7 +16,7 @@ import msgspec
 import uvloop
 
 from engine import logs
-from engine.config import Config, HttpConfig, unknown_variables
+from engine.config import Config, ConfigError, HttpConfig, unknown_variables
 from engine.controller import Controller
 from engine.devices import devices, threads
 from engine.fleet import WORKER_COMMAND, Fleet, WorkerFailed
@@ -24,6 +24,8 @@ from engine.gateway import Gateway
 from engine.keys import read_keys
 from engine.samples import Samples, read_samples, show
 from engine.web import HTTP_COMMAND, Web, WebFailed, check_free
+from zoo.catalog import Catalog
+from zoo.errors import ZooError
 from zoo.home import zoo_path
 
 log = logging.getLogger(__name__)
@@ -143,6 +145,7 @@ def build(config: Config, folder: Path, commands: Commands) -> Engine:
     `folder` is for sockets that only this user may reach."""
     keys = read_keys(config.api_keys)
     zoo = zoo_path(config.zoo)
+    _check_weights(config, zoo)
     names = devices(config)
     address = config.http_address
     if address is not None:
@@ -166,6 +169,20 @@ def build(config: Config, folder: Path, commands: Commands) -> Engine:
         web = Web(http, commands.http)
     samples = read_samples(config.samples) if config.samples else {}
     return Engine(config, zoo, controller, gateway, fleet, web, samples)
+
+
+def _check_weights(config: Config, zoo: Path) -> None:
+    """Random weights are served only to who asked for them, and said to be."""
+    if config.load_format == "dummy":
+        log.warning("all weights are random: the answers mean nothing (--load-format dummy)")
+        return
+    with contextlib.closing(Catalog(zoo)) as catalog, contextlib.suppress(ZooError):
+        for variant in catalog.served():
+            if variant.dummy:
+                raise ConfigError(
+                    f"{variant.name} in {zoo} has shapes and no weights: launch with "
+                    "--load-format dummy"
+                )
 
 
 async def _insist(forced: asyncio.Event) -> None:

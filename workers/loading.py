@@ -2,13 +2,12 @@
 
 Tensors are shared by digest whatever unit they stand in; units and attachments are shared by their
 own digests on top of that. The chain need not be in any catalog: manifests are given, and only
-their objects are read from the store."""
+their objects are read from the zoo."""
 
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from workers.block import HeadUnit, ResidentUnit, build_unit
 from workers.chains import ServedChain, UnservableChain, describe
 from workers.holdings import Holdings, Made, Resident
 from workers.pieces import HeadRows, ResidentAttachment, build_attachment
+from workers.weights import Weights
 from workers.wire import ChainId
 from zoo.manifest import (
     Attachment,
@@ -28,9 +28,7 @@ from zoo.manifest import (
     UnitDigest,
     objects_of,
 )
-from zoo.store import ObjectInfo, Store
-
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+from zoo.store import ObjectInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +46,14 @@ class LoadedChain:
     keys: list[Hashable]
 
 
-def load(holdings: Holdings, store: Store, chain: ChainId, manifests: Manifests) -> LoadedChain:
+def load(holdings: Holdings, weights: Weights, chain: ChainId, manifests: Manifests) -> LoadedChain:
     """Make a chain resident; what fails (ZooError, UnservableChain, OSError, MemoryError) leaves
     nothing behind."""
     began, before = time.perf_counter(), holdings.resident_bytes
     layout = describe(chain, manifests)
-    shapes = _infos(store, manifests)
+    shapes = _infos(weights, manifests)
     holdings.check_room({digest: info.nbytes for digest, info in shapes.items()})
-    loading = _Loading(holdings, store, shapes, layout.context)
+    loading = _Loading(holdings, weights, shapes, layout.context)
     try:
         units = tuple(loading.unit(digest, unit) for digest, unit in manifests.units)
         attachments = tuple(
@@ -79,22 +77,22 @@ def load(holdings: Holdings, store: Store, chain: ChainId, manifests: Manifests)
 
 
 def time_load(
-    ops: Ops, store: Store, units: Sequence[tuple[UnitDigest, Unit]], context: int
+    ops: Ops, weights: Weights, units: Sequence[tuple[UnitDigest, Unit]], context: int
 ) -> float:
     """Seconds until units alone are resident; nothing of them stays."""
     began = time.perf_counter()
-    infos = {d: store.info(d) for _, unit in units for d in unit.tensors.values()}
-    loading = _Loading(Holdings(ops), store, infos, context)
+    infos = {d: weights.info(d) for _, unit in units for d in unit.tensors.values()}
+    loading = _Loading(Holdings(ops), weights, infos, context)
     for digest, unit in units:
         loading.unit(digest, unit)
     return time.perf_counter() - began
 
 
-def _infos(store: Store, manifests: Manifests) -> dict[ObjectDigest, ObjectInfo]:
+def _infos(weights: Weights, manifests: Manifests) -> dict[ObjectDigest, ObjectInfo]:
     """Every tensor of a chain, as stored."""
     digests = {d for _, unit in manifests.units for d in unit.tensors.values()}
     digests |= {d for a in manifests.attachments if a for d in objects_of(a[1])}
-    return {digest: store.info(digest) for digest in digests}
+    return {digest: weights.info(digest) for digest in digests}
 
 
 def _vocabulary(head: ResidentUnit, attachment: ResidentAttachment | None) -> int:
@@ -111,12 +109,12 @@ class _Loading:
     def __init__(
         self,
         holdings: Holdings,
-        store: Store,
+        weights: Weights,
         infos: Mapping[ObjectDigest, ObjectInfo],
         context: int,
     ) -> None:
         self._holdings = holdings
-        self._store = store
+        self._weights = weights
         self._infos = infos
         self._context = context
         self.ops: Ops = holdings.ops
@@ -196,10 +194,10 @@ class _Loading:
         """Token ids, int64 in host memory, ascending."""
 
         def make() -> Made:
-            stored = self._store.tensor(digest)
-            if stored.dtype != "I64" or len(stored.shape) != 1 or stored.shape[0] == 0:
+            stored = self._weights.tensor(digest)
+            if stored.dtype is not torch.int64 or stored.dim() != 1 or len(stored) == 0:
                 raise UnservableChain(f"tensor {digest} is no list of token ids")
-            ids = torch.tensor(np.frombuffer(stored.data, "<i8"))
+            ids = stored.cpu().clone()
             if int(ids[0]) < 0 or bool((ids.diff() <= 0).any()):
                 raise UnservableChain(f"the token ids of tensor {digest} do not ascend from 0")
             return _with_bytes(ids)
@@ -218,28 +216,12 @@ class _Loading:
         return self._part(("rotary", rope, self._context), make)
 
     def tensor(self, digest: ObjectDigest) -> Tensor:
-        """A stored tensor over the store's own read-only memory, without a copy."""
-        stored = self._store.tensor(digest)
-        dtype = _DTYPES.get(stored.dtype)
-        if dtype is None:
-            raise UnservableChain(f"tensor {digest} is of dtype {stored.dtype}, not a float")
-        array = np.asarray(_Lent(stored.data))
-        return torch.from_numpy(array).view(dtype).view(stored.shape)
+        """A float tensor as it is given; whoever keeps it makes a copy."""
+        tensor = self._weights.tensor(digest)
+        if not tensor.is_floating_point():
+            raise UnservableChain(f"tensor {digest} is of dtype {tensor.dtype}, not a float")
+        return tensor
 
 
 def _with_bytes(tensor: Tensor) -> Made:
     return tensor, tensor.numel() * tensor.element_size(), []
-
-
-class _Lent:
-    """Read-only memory under numpy's protocol as if it were writable: torch warns of arrays that
-    are not, and no kernel writes to weights."""
-
-    def __init__(self, data: memoryview) -> None:
-        self._data = np.frombuffer(data, np.uint8)
-        self.__array_interface__ = {
-            "version": 3,
-            "shape": self._data.shape,
-            "typestr": "|u1",
-            "data": (self._data.ctypes.data, False),
-        }

@@ -24,6 +24,7 @@ from workers.pages import Arena
 from workers.prefix import PrefixCache
 from workers.requests import Request, Requests, Span, laid_out
 from workers.runner import Runner
+from workers.weights import StoredWeights
 from workers.wire import ChainId, RequestId, Sampling
 from zoo.manifest import Manifests, Unit, UnitDigest
 from zoo.store import Store
@@ -76,7 +77,7 @@ class Offline:
         self, root: Path, *, ops: str = "auto", threads: int = 0, kv_bytes: int = 1 << 30
     ) -> None:
         self._ops: Ops = select_ops("cpu", ops, threads)
-        self._store = Store(root)
+        self._weights = StoredWeights(Store(root))
         self._holdings = Holdings(self._ops)
         self._memory = KvMemory(
             Arena(kv_bytes), page=_PAGE, element_bytes=4, max_sequences=_MAX_SEQUENCES
@@ -114,7 +115,7 @@ class Offline:
         """Make a chain resident, sharing by digest what is resident already. Raises ZooError, and
         UnservableChain where no worker could run it either."""
         number = ChainId(next(self._numbers))
-        loaded = load(self._holdings, self._store, number, manifests)
+        loaded = load(self._holdings, self._weights, number, manifests)
         self._chains.add(loaded.chain)
         self._runner.add(loaded)
         return Model(self, loaded)
@@ -215,7 +216,7 @@ class Offline:
 
     def time_load(self, units: Sequence[tuple[UnitDigest, Unit]], context: int) -> float:
         """Seconds until units are ready to run of which nothing is resident yet."""
-        return time_load(self._ops, self._store, units, context)
+        return time_load(self._ops, self._weights, units, context)
 
     def _request(self, model: Model, tokens: Sequence[int], sampling: Sampling) -> Request:
         chain = model.loaded.chain

@@ -12,11 +12,11 @@ from ext.ops import Ops
 from workers.chains import UnservableChain
 from workers.holdings import Holdings, NoRoom
 from workers.loading import LoadedChain, load
+from workers.weights import LoadFormat, open_weights
 from workers.wire import ChainId, Load
 from zoo.catalog import Catalog
 from zoo.errors import ZooError
 from zoo.manifest import ChainDigest, Manifests
-from zoo.store import Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +45,11 @@ Outcome = LoadedChain | LoadFailure | Eviction
 class Residency:
     """Weights on one device, up to `limit_bytes` (0: no limit)."""
 
-    def __init__(self, zoo: Path, ops: Ops, limit_bytes: int) -> None:
+    def __init__(
+        self, zoo: Path, ops: Ops, limit_bytes: int, load_format: LoadFormat = "auto"
+    ) -> None:
         self._root = zoo
-        self._store = Store(zoo)
+        self._weights = open_weights(zoo, load_format, ops.device)
         self._holdings = Holdings(ops, limit_bytes)
         self._chains: dict[ChainId, list[Hashable]] = {}
         self._jobs: queue.SimpleQueue[Callable[[], Outcome] | None] = queue.SimpleQueue()
@@ -97,7 +99,7 @@ class Residency:
 
     def _load(self, order: Load) -> Outcome:
         try:
-            loaded = load(self._holdings, self._store, order.chain, self._manifests(order))
+            loaded = load(self._holdings, self._weights, order.chain, self._manifests(order))
         except NoRoom as error:
             freeable = {c: self._holdings.freed_by(keys) for c, keys in self._chains.items()}
             return LoadFailure(order.chain, _failed(error), error.missing, freeable)

@@ -6,7 +6,7 @@ body larger than MAX_MESSAGE_BYTES is refused before it is decoded. Cold message
 digests; hot ones (Tokens, Activation, Next) carry small integers only. Numbers that name a request
 are the engine's own and never reused within an engine's life."""
 
-from typing import NewType
+from typing import Literal, NewType
 
 import msgspec
 
@@ -55,7 +55,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `kv_bytes` and `weight_bytes` are ceilings; 0 lets the worker choose from what the device has.
     `max_rows` is the token budget of one wave (decode rows first, the rest prefill); 0: what suits
-    the device.
+    the device. `load_format` "dummy" makes weights up.
     """
 
     name: str
@@ -63,6 +63,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     zoo: str
     device: str = "cpu"
     ops: str = "auto"
+    load_format: Literal["auto", "dummy"] = "auto"
     threads: int = 0
     page: int = 16
     kv_bytes: int = 0
