@@ -4,6 +4,7 @@
 #   make test   lint and the whole test suite
 #   make bench  measurements of this machine
 #   make bench-peers   the same beside other engines, each in an environment of its own
+#   make bench-gpu CUDA=1   one GPU under the shapes of an 8B model, in under eight minutes
 
 PYTHON ?= python3
 VENV := .venv
@@ -13,7 +14,7 @@ comma := ,
 EXTRAS := test,bench$(if $(CUDA),$(comma)cuda)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: env demo test lint bench bench-peers clean
+.PHONY: env demo test lint bench bench-peers bench-gpu clean
 
 env: $(STAMP)
 
@@ -48,6 +49,9 @@ bench: env
 
 bench-peers: env
 	$(BIN)/python -m bench peers
+
+bench-gpu: env
+	$(BIN)/python -m bench gpu
 
 clean:
 	rm -rf $(VENV) build *.egg-info ext/cpu/_build

@@ -15,7 +15,9 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
+from bench.device import NoDevice
 from bench.load import LoadFailed
+from bench.loop import WorkerFailed
 from bench.machine import ROOT, commit, this_machine, versions
 from bench.peers.cells import CELLS
 from bench.report import append, markdown, tables
@@ -23,6 +25,7 @@ from bench.result import Context, Line, Result
 from bench.scenarios import (
     codecs,
     derived,
+    gpu,
     kinds,
     memory,
     parity,
@@ -35,9 +38,8 @@ from bench.scenarios import (
     stores,
     throughput,
 )
-from bench.scenarios.profile import WorkerFailed
 from bench.server import ServerFailed
-from bench.stage import PeerChoice, Scenario, Stage, Trace
+from bench.stage import GpuChoice, PeerChoice, Scenario, Stage, Trace
 from bench.traces import TraceError
 from bench.zoos import Base, NoBase, Zoos, demo_base
 from zoo.console import ConsoleProgress
@@ -60,9 +62,12 @@ SCENARIOS: Mapping[str, Scenario] = {
     "codecs": codecs.run,
     "derived": derived.run,
     "peers": peers.run,
+    "gpu": gpu.run,
 }
 # With the real model these are a matter of many minutes: only when asked for by name.
-_LONG = {"kinds", "soak-base", "parity", "stores", "codecs", "derived", "peers"}
+_LONG = {"kinds", "soak-base", "parity", "stores", "codecs", "derived", "peers", "gpu"}
+# They bring models of their own.
+_BASELESS = {"gpu"}
 DEFAULT = tuple(name for name in SCENARIOS if name not in _LONG)
 
 
@@ -85,12 +90,13 @@ def main() -> int:
         zoos = Zoos(_base(given, progress), progress)
         trace = Trace(given.trace or "synthetic", given.speed, given.seconds)
         flags = tuple(word for flag in given.flag for word in shlex.split(flag))
-        stage = Stage(zoos, given.quick, flags, progress.say, trace, _choice(given))
+        device = GpuChoice(given.device, given.shapes)
+        stage = Stage(zoos, given.quick, flags, progress.say, trace, _choice(given), device)
         for name in given.scenario or DEFAULT:
             for result in SCENARIOS[name](stage):
                 results.append(result)
                 append(out, result, context)
-    except (NoBase, TraceError) as error:
+    except (NoBase, NoDevice, TraceError) as error:
         console.print(f"error: {error}")
         return 2
     except (LoadFailed, ServerFailed, WorkerFailed, ZooError) as error:
@@ -174,6 +180,15 @@ def _parser() -> argparse.ArgumentParser:
     cells = f"{', '.join(CELLS)} (default: all; trace only if --trace is given)"
     peer.add_argument("--cells", type=_listed(CELLS), help=cells)
     peer.add_argument("--peers", type=Path, help="where they are installed")
+    device = parser.add_argument_group("gpu")
+    device.add_argument(
+        "--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: a GPU"
+    )
+    device.add_argument(
+        "--shapes",
+        default="",
+        help="llama-3.1-8b (default on a GPU) and the like, or a config.json",
+    )
     return parser
 
 
@@ -194,6 +209,8 @@ def _listed(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
 
 def _base(given: argparse.Namespace, progress: Progress) -> Base:
     zoo = zoo_path(given.zoo)
+    if given.scenario and _BASELESS.issuperset(given.scenario):
+        return Base(zoo, given.base or "")
     return Base(zoo, given.base) if given.base else demo_base(zoo, progress)
 
 

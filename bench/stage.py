@@ -32,6 +32,15 @@ class PeerChoice:
 
 
 @dataclass(frozen=True, slots=True)
+class GpuChoice:
+    """What the GPU scenario measures: the kind of device ("auto": a GPU), and shapes as
+    `zoo.dummy.recipe` names them (empty: what suits the device)."""
+
+    device: str = "auto"
+    shapes: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Played:
     """A load that was run: its outcome, the cores that others kept busy meanwhile, and the CPU time
     of the server, which other processes disturb less than the clock."""
@@ -49,8 +58,9 @@ class Stage:
     quick: bool
     flags: tuple[str, ...]
     say: Callable[[str], None]
-    trace: Trace
+    trace: Trace = Trace()
     peers: PeerChoice = PeerChoice()
+    gpu: GpuChoice = GpuChoice()
 
     def server(self, zoo: Path, *flags: str) -> Server:
         """A server over `zoo`, to be entered."""

@@ -10,6 +10,7 @@
     tiny    a model of four narrow layers with the base's vocabulary and variants of every kind, for
             what concerns the engine and not the arithmetic
     empty   nothing
+    dummy-  shapes without weights, by what was asked for; these need no base
 
 A zoo that was not finished is completed the next time: variants that are there are left alone.
 """
@@ -31,6 +32,8 @@ from bench.variants import Checkpoint, full, last_layers, lora
 from zoo import demo
 from zoo.add import AddOptions, add
 from zoo.catalog import Catalog, UnknownVariant
+from zoo.dummy.make import make
+from zoo.dummy.recipe import Recipe
 from zoo.export import export
 from zoo.home import zoo_path
 from zoo.manifest import Variant
@@ -108,7 +111,15 @@ class Zoos:
     def __init__(self, base: Base, progress: Progress) -> None:
         self._base = base
         self._progress = progress
-        self._home = zoo_path().parent / "bench" / base.fingerprint()
+
+    @cached_property
+    def _home(self) -> Path:
+        return self.room / self._base.fingerprint()
+
+    @property
+    def room(self) -> Path:
+        """Where benches keep what they make."""
+        return zoo_path().parent / "bench"
 
     @property
     def given(self) -> Path:
@@ -174,6 +185,14 @@ class Zoos:
     def empty(self) -> Path:
         """A folder that is no zoo yet."""
         return self._home / "empty"
+
+    def dummy(self, recipe: Recipe) -> Path:
+        """Shapes without weights. Raises a ZooError."""
+        digest = hashlib.sha256(repr(recipe).encode()).hexdigest()
+        root = self.room / f"dummy-{digest[:12]}"
+        root.parent.mkdir(parents=True, exist_ok=True)
+        make(root, recipe, self._progress)
+        return root
 
     @property
     def fingerprint(self) -> str:

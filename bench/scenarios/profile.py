@@ -21,14 +21,13 @@ import torch
 
 from bench.ceiling import cores
 from bench.job import FIRST_PLAIN_TOKEN, Job
+from bench.loop import Loop
 from bench.opsclock import OpsClock
 from bench.result import Result
 from bench.stage import Stage
 from bench.zoos import BASE, LORAS, variants
 from ext.select import select_ops
 from workers import wire
-from workers.worker import Worker
-from zoo.catalog import Catalog
 
 _KV_BYTES = 512 << 20
 _MAX_ROWS = 256
@@ -39,25 +38,20 @@ _TOP = 12
 def run(stage: Stage) -> Iterator[Result]:
     """Base and adapters at both batches, then a server."""
     steps = 24 if stage.quick else 96
-    bench = Loop(stage.zoos.loras, 2 * steps)
+    bench = Profile(stage.zoos.loras, 2 * steps)
     for batch, models in ((1, (BASE,)), (32, (BASE,)), (32, LORAS)):
         stage.say(f"profile: batch {batch} of {models[0]}")
         yield bench.measure(batch, models, steps)
     yield _served(stage, steps)
 
 
-class WorkerFailed(Exception):
-    """The worker did not do what was asked of it; the message says why."""
-
-
-class Loop:
-    """A worker without sockets."""
+class Profile:
+    """A worker without sockets, and clocks around its kernels."""
 
     def __init__(self, zoo: Path, new_tokens: int) -> None:
         torch.set_num_threads(cores())
         ops = select_ops("cpu", "auto", cores())
         self._clock = OpsClock(ops)
-        self._reports: list[wire.Report] = []
         config = wire.WorkerConfig(
             "bench",
             "",
@@ -67,32 +61,30 @@ class Loop:
             max_rows=_MAX_ROWS,
             prefix_cache=False,
         )
-        self._worker = Worker(config, ops, self._reports.append)
+        self._loop = Loop(config, ops)
         self._new_tokens = new_tokens + 2
-        self._next = 0
-        self._chains = self._load(zoo)
-        self._vocabulary = variants(zoo)[0].vocabulary
+        there = variants(zoo)
+        self._loop.load(variant.name for variant in there)
+        self._vocabulary = there[0].vocabulary
 
     def measure(self, batch: int, models: tuple[str, ...], steps: int) -> Result:
         """Decode `steps` steps twice: by the clocks, then under the profiler."""
         numbers = self._open(batch, models)
-        before = self._worker.status().seconds
+        before = self._loop.worker.status().seconds
         self._clock.reset()
         began = time.perf_counter()
         for _ in range(steps):
-            self._worker.step()
+            self._loop.step()
         wall = time.perf_counter() - began
         operations, calls = dict(self._clock.seconds), dict(self._clock.calls)
-        after = self._worker.status().seconds
+        after = self._loop.worker.status().seconds
         spent = {name: after[name] - before[name] for name in after}
         profiler = cProfile.Profile()
         profiler.enable()
         for _ in range(steps):
-            self._worker.step()
+            self._loop.step()
         profiler.disable()
-        for number in numbers:
-            self._worker.take(wire.Close(number))
-        self._take_reports()
+        self._loop.close(numbers)
         kernels = sum(operations.values())
         figures = _shares(spent, kernels, wall) | {"step ms": 1000 * wall / steps}
         return Result(
@@ -106,50 +98,16 @@ class Loop:
             },
         )
 
-    def _load(self, zoo: Path) -> dict[str, wire.ChainId]:
-        catalog = Catalog(zoo)
-        chains: dict[str, wire.ChainId] = {}
-        for number, variant in enumerate(catalog.variants(), 1):
-            chains[variant.name] = wire.ChainId(number)
-            units = len(catalog.chain(variant.chain).units)
-            self._worker.take(
-                wire.Load(chains[variant.name], variant.chain, 0, units, variant.context)
-            )
-        catalog.close()
-        while self._worker.is_loading:
-            self._worker.collect()
-            time.sleep(0.01)
-        self._take_reports()
-        return chains
-
     def _open(self, batch: int, models: tuple[str, ...]) -> list[wire.RequestId]:
         """Start `batch` requests and compute their prompts."""
         draw = random.Random(batch)
         numbers: list[wire.RequestId] = []
         for index in range(batch):
-            self._next += 1
-            number = wire.RequestId(self._next)
             tokens = [draw.randrange(FIRST_PLAIN_TOKEN, self._vocabulary) for _ in range(_PROMPT)]
-            chain = self._chains[models[index % len(models)]]
-            sampling = wire.Sampling(max_tokens=self._new_tokens + _PROMPT)
-            self._worker.take(wire.Open(number, chain, (), sampling, _PROMPT))
-            data = torch.tensor(tokens, dtype=torch.int32).numpy().tobytes()
-            self._worker.take(wire.Prompt(number, data))
-            numbers.append(number)
-        started: set[wire.RequestId] = set()
-        while len(started) < batch:
-            if not self._worker.step():
-                raise WorkerFailed("the worker in this process has requests and runs none")
-            started.update(*(tokens.requests for tokens in self._take_reports()))
+            model = models[index % len(models)]
+            numbers.append(self._loop.open(model, tokens, self._new_tokens + _PROMPT))
+        self._loop.start(numbers)
         return numbers
-
-    def _take_reports(self) -> list[wire.Tokens]:
-        """Tokens since the last call. Raises WorkerFailed."""
-        reports, self._reports[:] = list(self._reports), []
-        for report in reports:
-            if isinstance(report, wire.Failed):
-                raise WorkerFailed(f"the worker in this process failed: {report.reason}")
-        return [report for report in reports if isinstance(report, wire.Tokens)]
 
 
 def _shares(spent: dict[str, float], kernels: float, wall: float) -> dict[str, float | int | str]:
