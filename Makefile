@@ -51,7 +51,7 @@ bench-peers: env
 	$(BIN)/python -m bench peers
 
 bench-gpu: env
-	$(BIN)/python -m bench gpu
+	$(BIN)/python -m bench gpu gpu-libraries
 
 clean:
 	rm -rf $(VENV) build *.egg-info ext/cpu/_build

@@ -26,6 +26,7 @@ from bench.scenarios import (
     codecs,
     derived,
     gpu,
+    gpu_libraries,
     kinds,
     memory,
     parity,
@@ -63,11 +64,12 @@ SCENARIOS: Mapping[str, Scenario] = {
     "derived": derived.run,
     "peers": peers.run,
     "gpu": gpu.run,
+    "gpu-libraries": gpu_libraries.run,
 }
+# They bring shapes of their own.
+_BASELESS = {"gpu", "gpu-libraries"}
 # With the real model these are a matter of many minutes: only when asked for by name.
-_LONG = {"kinds", "soak-base", "parity", "stores", "codecs", "derived", "peers", "gpu"}
-# They bring models of their own.
-_BASELESS = {"gpu"}
+_LONG = {"kinds", "soak-base", "parity", "stores", "codecs", "derived", "peers", *_BASELESS}
 DEFAULT = tuple(name for name in SCENARIOS if name not in _LONG)
 
 

@@ -9,10 +9,13 @@ import torch
 
 from bench.__main__ import main
 from bench.device import NoDevice, covered, find_device
+from bench.job import Job
+from bench.peers.hosted import SCRIPT, Hosted
 from bench.result import Result
 from bench.scenarios import gpu
 from bench.stage import GpuChoice, Stage
 from bench.zoos import Base, Zoos
+from zoo.dummy.recipe import Recipe
 from zoo.progress import Quiet
 
 GROUPS = ["limits", "memory", "decode", "prefill", "variants", "arrival"]
@@ -83,6 +86,19 @@ def test_without_a_gpu_it_says_what_to_do(
     told = " ".join(capsys.readouterr().err.split())
     assert told == "error: no GPU was found: give --device cpu to try this on the CPU"
     assert not list(tmp_path.iterdir())
+
+
+def test_libraries_get_shapes_and_no_weights(tmp_path: Path):
+    (tmp_path / "config.json").write_bytes(Recipe("tiny").config_json())
+    command = [
+        *(sys.executable, SCRIPT, "--dummy", "--mode", "mixed", "--model", tmp_path),
+        *("--dtype", "bfloat16", "--threads", "1", "--variant", "a=4", "--variant", "b=2"),
+    ]
+    job = Job(models=("a", "b"), requests=2, prompt_tokens=(9, 9), output_tokens=(5, 5),
+              vocabulary=512)  # fmt: skip
+    with Hosted(command, tmp_path / "log") as hosted:
+        found = hosted.play(job)
+    assert (found.output_tokens, found.mismatched) == (10, 0)
 
 
 @pytest.mark.gpu

@@ -3,7 +3,8 @@
 Started by `bench.peers.hosted`, which writes one JSON object per line to its standard input,
 `{"prompts": [[id, ..], ..], "models": [name, ..], "new": n}`, and reads one per batch: for each
 request the seconds from the batch's arrival to each of its tokens. The first line says that the
-models are loaded. Prompts of a batch have equal lengths, so nothing is padded.
+models are loaded. Prompts of a batch have equal lengths, so nothing is padded. With --dummy weights
+are random: the model's folder need hold a config.json only, and adapters are given as NAME=RANK.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     ContinuousBatchingConfig,
     GenerationConfig,
@@ -28,7 +30,8 @@ Times = list[list[float]]
 # transformers types these loosely.
 Model = Any
 Tensor = Any
-# Left to itself, continuous batching takes most of the machine's memory for its cache.
+# Left to itself, continuous batching takes most of the machine's memory for its cache; of a GPU's
+# it may.
 _CACHE_BLOCKS, _BATCH_TOKENS = 64, 1024
 
 
@@ -42,12 +45,19 @@ class Clock(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
         """One step has ended for all rows."""
         self.times.append(time.perf_counter() - self._began)
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
-def load(path: str, dtype: str) -> Model:
+def load(path: str, given: argparse.Namespace) -> Model:
     """A model that does not stop by itself."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
+    dtype = getattr(torch, given.dtype)
+    if given.dummy:
+        torch.manual_seed(0)
+        with torch.device(given.device):
+            config = AutoConfig.from_pretrained(path)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    else:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval().to(given.device)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model
@@ -55,7 +65,7 @@ def load(path: str, dtype: str) -> Model:
 
 def static(model: Model, batch: Batch, began: float, **more: object) -> Times:
     """One batch, all rows from the first step to the last."""
-    ids = torch.tensor(batch["prompts"])
+    ids = torch.tensor(batch["prompts"], device=model.device)
     clock = Clock(began)
     model.generate(
         input_ids=ids,
@@ -73,15 +83,18 @@ def continuous(model: Model, batch: Batch, began: float) -> Times:
     config = GenerationConfig(
         max_new_tokens=batch["new"], do_sample=False, eos_token_id=-1, pad_token_id=0
     )
+    on_cpu = model.device.type == "cpu"
     caching = ContinuousBatchingConfig(
-        num_blocks=_CACHE_BLOCKS, max_batch_tokens=_BATCH_TOKENS, allow_block_sharing=False
+        num_blocks=_CACHE_BLOCKS if on_cpu else None,
+        max_batch_tokens=_BATCH_TOKENS if on_cpu else None,
+        allow_block_sharing=False,
     )
     answers = model.generate_batch(
         batch["prompts"],
         generation_config=config,
         continuous_batching_config=caching,
         record_timestamps=True,
-        warmup=False,
+        warmup=not on_cpu,
     )
     return [[stamp - began for stamp in answer.timestamps] for answer in answers.values()]
 
@@ -99,25 +112,41 @@ def by_model(models: dict[str, Model], batch: Batch, began: float) -> Times:
 
 def runner(given: argparse.Namespace) -> Callable[[Batch, float], Times]:
     """How batches are computed."""
-    base = load(given.model, given.dtype)
+    base = load(given.model, given)
     folders = dict(pair.split("=", 1) for pair in given.variant)
     if given.mode == "static":
         return lambda batch, began: static(base, batch, began)
     if given.mode == "continuous":
         return lambda batch, began: continuous(base, batch, began)
     if given.mode == "whole":
-        models = {"base": base} | {
-            name: load(folder, given.dtype) for name, folder in folders.items()
-        }
+        models = {"base": base} | {name: load(folder, given) for name, folder in folders.items()}
         return lambda batch, began: by_model(models, batch, began)
-    from peft import PeftModel
-
-    names = list(folders)
-    mixed = PeftModel.from_pretrained(base, folders[names[0]], adapter_name=names[0])
-    for name in names[1:]:
-        mixed.load_adapter(folders[name], adapter_name=name)
-    mixed.eval()
+    mixed = with_adapters(base, folders, dummy=given.dummy)
     return lambda batch, began: static(mixed, batch, began, adapter_names=batch["models"])
+
+
+def with_adapters(base: Model, adapters: dict[str, str], *, dummy: bool) -> Model:
+    """The base with LoRA adapters: read from folders, or on all linear layers with random weights
+    of a rank."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    first, *others = adapters
+    if dummy:
+        made = {
+            name: LoraConfig(
+                r=int(rank), lora_alpha=2 * int(rank), target_modules="all-linear",
+                init_lora_weights=False, task_type="CAUSAL_LM",
+            )
+            for name, rank in adapters.items()
+        }  # fmt: skip
+        mixed = get_peft_model(base, made[first], adapter_name=first)
+        for name in others:
+            mixed.add_adapter(name, made[name])
+    else:
+        mixed = PeftModel.from_pretrained(base, adapters[first], adapter_name=first)
+        for name in others:
+            mixed.load_adapter(adapters[name], adapter_name=name)
+    return mixed.eval()
 
 
 def main() -> None:
@@ -127,7 +156,11 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--dtype")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--variant", action="append", default=[], help="NAME=FOLDER")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dummy", action="store_true")
+    parser.add_argument(
+        "--variant", action="append", default=[], help="NAME=FOLDER, or NAME=RANK with --dummy"
+    )
     given = parser.parse_args()
     # Libraries print to the standard output: it goes to the log, the answers to where it led.
     answers = os.fdopen(os.dup(1), "w")
