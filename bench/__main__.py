@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
+from bench.adding import AddingFailed
 from bench.device import NoDevice
 from bench.load import LoadFailed
 from bench.loop import WorkerFailed
@@ -101,7 +102,7 @@ def main() -> int:
     except (NoBase, NoDevice, TraceError) as error:
         console.print(f"error: {error}")
         return 2
-    except (LoadFailed, ServerFailed, WorkerFailed, ZooError) as error:
+    except (AddingFailed, LoadFailed, ServerFailed, WorkerFailed, ZooError) as error:
         console.print(f"error: {error}")
         code = 1
     except KeyboardInterrupt:

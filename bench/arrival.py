@@ -3,13 +3,14 @@
 import asyncio
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing, suppress
 from itertools import pairwise
 
 import msgspec
 import uvloop
 
+from bench.adding import Adding
 from bench.job import FIRST_PLAIN_TOKEN
 from bench.load import LoadFailed
 from engine.client import AsyncClient
@@ -33,8 +34,8 @@ class Streams(msgspec.Struct, frozen=True):
 
 class Arrival(msgspec.Struct, frozen=True):
     """`first_token_s` counts from the time that the catalog has for the variant. Gaps are the
-    longest between two tokens of one answer, in seconds, before it was added and from then on;
-    `renewed` streams came to the end of an answer and began another."""
+    longest between two tokens of one answer, in seconds, while all streams run: before it was added
+    and from then on. `renewed` streams came to the end of an answer and began another."""
 
     first_token_s: float
     gap_before_s: float
@@ -42,13 +43,15 @@ class Arrival(msgspec.Struct, frozen=True):
     renewed: int
 
 
-def watch(endpoint: str, streams: Streams, name: str, add: Callable[[], float]) -> Arrival:
-    """Call `add` in a thread once all streams run: it adds the variant `name` and gives its time.
-    Raises LoadFailed."""
+def watch(endpoint: str, streams: Streams, adding: Adding) -> Arrival:
+    """Add the variant once all streams run. Raises LoadFailed."""
     try:
-        return uvloop.run(_watch(endpoint, streams, name, add))
-    except* TimeoutError as error:
-        raise LoadFailed(f"{name} did not answer within {_LIMIT_S:g} s") from error
+        return uvloop.run(_watch(endpoint, streams, adding))
+    except TimeoutError as error:
+        raise LoadFailed(f"{adding.name} did not answer within {_LIMIT_S:g} s") from error
+    except ExceptionGroup as errors:
+        first = errors.exceptions[0]
+        raise LoadFailed(f"{adding.name} and the streams beside it failed: {first}") from errors
 
 
 class _Watched:
@@ -98,7 +101,7 @@ class _Watched:
         return max(gaps, default=0.0)
 
 
-async def _watch(endpoint: str, streams: Streams, name: str, add: Callable[[], float]) -> Arrival:
+async def _watch(endpoint: str, streams: Streams, adding: Adding) -> Arrival:
     draw = random.Random(0)
     plain = range(min(FIRST_PLAIN_TOKEN, streams.vocabulary // 2), streams.vocabulary)
     *prompts, last = (draw.choices(plain, k=streams.prompt) for _ in range(streams.count + 1))
@@ -110,18 +113,19 @@ async def _watch(endpoint: str, streams: Streams, name: str, add: Callable[[], f
         watched = _Watched(client, streams)
         tasks = [group.create_task(watched.follow(i, one)) for i, one in enumerate(prompts)]
         await watched.running.wait()
+        running = time.time()
         await asyncio.sleep(streams.settle_s)
         began = time.time()
-        adding = group.create_task(asyncio.to_thread(add))
-        first = await _first_token(client, name, last)
-        added = await adding
+        published = group.create_task(asyncio.to_thread(adding.add))
+        first = await _first_token(client, adding.name, last)
+        added = await published
         await asyncio.sleep(streams.settle_s)
         renewed = watched.renewed
         for task in tasks:
             task.cancel()
     return Arrival(
         first_token_s=first - added,
-        gap_before_s=watched.longest(float("-inf"), began),
+        gap_before_s=watched.longest(running, began),
         gap_s=watched.longest(began, float("inf")),
         renewed=renewed,
     )

@@ -12,28 +12,26 @@ profiled run, step time from the others. The last row is a real server and its c
 On a CPU (`--device cpu`) the same code runs with small numbers: a smoke test, no measurement.
 """
 
-import shutil
-import subprocess
-import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from bench.arrival import Streams, watch
+from bench.adding import Adding
+from bench.arrival import Arrival, Streams, watch
 from bench.device import Device, find_device
-from bench.machine import ROOT
 from bench.result import Figure, Result
-from bench.server import Server, ServerFailed
+from bench.server import Server
 from bench.stage import Stage
 from bench.stepping import Bench, Mix, Size, asked, decode, mix, opened, prefill
 from bench.weigh import weigh
 from zoo.catalog import Catalog
+from zoo.dummy.make import make
 from zoo.dummy.recipe import BASE, Recipe
 
 _BUDGET_BYTES = 80e9
-_LOAD = ("--load-format", "dummy")
 
 
 def run(stage: Stage) -> Iterator[Result]:
@@ -109,37 +107,13 @@ def _memory(bench: Bench) -> Result:
 
 def _arrival(stage: Stage, device: Device, recipe: Recipe, size: Size) -> Result:
     """A LoRA is added to a server under load."""
-    recipe = replace(recipe, loras=4, lasts=0, deltas=0)
-    zoo = stage.zoos.dummy(recipe)
-    name = f"lora-{recipe.loras}"
-    weights, models = weigh(zoo, BASE), (BASE, *(f"lora-{i}" for i in range(recipe.loras)))
-    with closing(Catalog(zoo)) as catalog:
-        vocabulary = catalog.variant(BASE).vocabulary
-    longest = 4 * size.context
-    streams = Streams(
-        models,
-        count=size.streams,
-        prompt=size.context,
-        tokens=longest - size.context,
-        vocabulary=vocabulary,
-        settle_s=1.0 if size.is_checked else 0.2,
-    )
-    flags = (
-        *("--device", device.name.partition(":")[0], "--workers", "1"),
-        *("--kv-cache-memory-bytes", str((size.streams + 1) * longest * weights.kv_bytes)),
-        *("--max-model-len", str(longest), "--no-enable-prefix-caching", *_LOAD),
-    )
     stage.say(f"gpu: a variant arrives while {size.streams} streams decode")
-
-    def add() -> float:
-        _make_apart(zoo, replace(recipe, loras=recipe.loras + 1))
-        with closing(Catalog(zoo)) as catalog:
-            return catalog.variant(name).created
-
-    log = stage.zoos.room / "gpu.log"
-    with Server(zoo, log, *flags, *stage.flags) as server:
-        seen = watch(server.endpoint, streams, name, add)
-    shutil.rmtree(zoo)
+    there = replace(recipe, loras=4, lasts=0, deltas=0)
+    with tempfile.TemporaryDirectory(prefix="blockllm-bench-") as scratch:
+        zoo = Path(scratch, "zoo")
+        make(zoo, there, stage.zoos.progress)
+        with Adding(zoo, replace(there, loras=there.loras + 1)) as adding:
+            seen = _watched(stage, device, size, adding)
     return Result(
         scenario="gpu: arrival",
         cell=f"a LoRA arrives under {size.streams} streams",
@@ -153,10 +127,25 @@ def _arrival(stage: Stage, device: Device, recipe: Recipe, size: Size) -> Result
     )
 
 
-def _make_apart(zoo: Path, recipe: Recipe) -> None:
-    """Add what a zoo lacks of a recipe from another process, so that this one keeps its time."""
-    counts = ("--loras", str(recipe.loras), "--rank", str(recipe.rank))
-    command = (sys.executable, "-m", "zoo", "dummy", str(zoo), "--config", recipe.config, *counts)
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise ServerFailed(f"no variant could be added: {done.stderr.strip()}")
+def _watched(stage: Stage, device: Device, size: Size, adding: Adding) -> Arrival:
+    """A server over the zoo, streams over what it holds, and what `adding` adds."""
+    with closing(Catalog(adding.zoo)) as catalog:
+        there = catalog.variants()
+    longest = 4 * size.context
+    streams = Streams(
+        tuple(variant.name for variant in there),
+        count=size.streams,
+        prompt=size.context,
+        tokens=longest - size.context,
+        vocabulary=there[0].vocabulary,
+        settle_s=1.0 if size.is_checked else 0.2,
+    )
+    kv_bytes = (size.streams + 1) * longest * weigh(adding.zoo, BASE).kv_bytes
+    flags = (
+        *("--device", device.name.partition(":")[0], "--workers", "1", "--load-format", "dummy"),
+        *("--kv-cache-memory-bytes", str(kv_bytes), "--max-model-len", str(longest)),
+        "--no-enable-prefix-caching",
+    )
+    with Server(adding.zoo, stage.zoos.room / "gpu.log", *flags, *stage.flags) as server:
+        adding.wait()
+        return watch(server.endpoint, streams, adding)

@@ -84,3 +84,13 @@ def test_of_real_variants_nothing_but_the_shapes_is_read(tmp_path: Path):
     answer = worker.open("base", [5, 6], max_tokens=4)
     worker.run()
     assert len(answer.tokens) == 4
+
+
+@pytest.mark.gpu
+def test_weights_are_made_where_they_stay(zoo: Path):
+    weights = open_weights(zoo, "dummy", torch.device("cuda"))
+    table = Catalog(zoo).variant("base").tensors["model.embed_tokens.weight"]
+    made = weights.tensor(table)
+    assert made.is_cuda
+    assert torch.equal(made, weights.tensor(table))
+    assert float(made.float().std()) == pytest.approx(512**-0.5, rel=0.02)

@@ -42,6 +42,13 @@ def make(root: Path, recipe: Recipe, progress: Progress, wait_s: float = 600.0) 
     return added
 
 
+def missing(root: Path, recipe: Recipe) -> list[str]:
+    """The names that `make` would add."""
+    with contextlib.closing(Catalog(root)) as catalog:
+        there = {variant.name for variant in catalog.variants()}
+    return [name for name in _wanted(recipe) if name not in there]
+
+
 def _wanted(recipe: Recipe) -> dict[str, _Make]:
     """Every variant of a recipe, the base first."""
     kinds: tuple[tuple[str, int, _Make], ...] = (
