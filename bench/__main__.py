@@ -24,6 +24,7 @@ from bench.peers.cells import CELLS
 from bench.report import append, markdown, tables
 from bench.result import Context, Line, Result
 from bench.scenarios import (
+    adding,
     codecs,
     derived,
     gpu,
@@ -57,6 +58,7 @@ SCENARIOS: Mapping[str, Scenario] = {
     "soak-base": soak.run_base,
     "profile": profile.run,
     "start": start.run,
+    "adding": adding.run,
     "replay": replay.run,
     "parity": parity.run,
     "stores": stores.run,
@@ -70,7 +72,17 @@ SCENARIOS: Mapping[str, Scenario] = {
 # They bring shapes of their own.
 _BASELESS = {"gpu", "gpu-libraries"}
 # With the real model these are a matter of many minutes: only when asked for by name.
-_LONG = {"kinds", "soak-base", "parity", "stores", "codecs", "derived", "peers", *_BASELESS}
+_LONG = {
+    "adding",
+    "kinds",
+    "soak-base",
+    "parity",
+    "stores",
+    "codecs",
+    "derived",
+    "peers",
+    *_BASELESS,
+}
 DEFAULT = tuple(name for name in SCENARIOS if name not in _LONG)
 
 

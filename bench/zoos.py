@@ -6,6 +6,8 @@
     lasts   the base and seven fine-tunes of the last four layers
     fulls   the base and seven full fine-tunes
     tuned   the base and seven full fine-tunes that were really trained, stored in one of three ways
+    many    the base, eight LoRA adapters, and seven full fine-tunes that were really trained, exact
+    adding  the base and one variant of each kind that a server is given while it serves
     derived the base and what was made of it: surrogates, joined chains
     tiny    a model of four narrow layers with the base's vocabulary and variants of every kind, for
             what concerns the engine and not the arithmetic
@@ -158,6 +160,22 @@ class Zoos:
         made = {BASE: _itself} | Tunes(self._home / "tunes", self.progress).makes()
         options = AddOptions(base=BASE, store=store, rows=rows)
         return self._fill(f"tuned-{store}-{rows}", made, options)
+
+    @cached_property
+    def many(self) -> Path:
+        """The base, eight adapters and seven real full fine-tunes, kept exactly. Raises a
+        ZooError."""
+        tunes = Tunes(self._home / "tunes", self.progress).makes()
+        return self._fill("many", {BASE: _itself} | loras() | tunes)
+
+    @cached_property
+    def adding(self) -> Path:
+        """The base, an adapter, one fine-tune of the last layers and a real one of everything."""
+        made = Tunes(self._home / "tunes", self.progress).makes()
+        names = (LORAS[-1], LAST[0], "tickets-0")
+        return self._fill(
+            "adding", {BASE: _itself} | {n: (loras() | lasts() | made)[n] for n in names}
+        )
 
     @cached_property
     def derived(self) -> Path:

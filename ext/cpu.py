@@ -74,16 +74,16 @@ class CpuOps:
         self.threads = threads or torch.get_num_threads()
         self._pool = ctypes.c_void_p(self._native.blockllm_open(self.threads))
         weakref.finalize(self, self._native.blockllm_close, self._pool)
-        self._packing = Packing(self._native, self._pool)
+        self.packing = Packing(self._native, self.isa)
 
     def matrix(self, weight: Tensor, *, transposed: bool = False) -> CpuMatrix:
-        return self._packing.matrix(weight.t() if transposed else weight)
+        return self.packing.matrix(weight.t() if transposed else weight)
 
     def vector(self, weight: Tensor) -> Tensor:
         return weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
     def factor(self, weight: Tensor) -> Tensor:
-        return self._packing.factor(weight)
+        return self.packing.factor(weight)
 
     def rotary(
         self, inverse_frequencies: Sequence[float], factor: float, interleaved: bool, positions: int
@@ -213,7 +213,7 @@ class CpuOps:
                 matrix.record.address,
                 native.vector_address(linear.bias, matrix.out_features, "bias"),
                 address(out),
-                patch_address(patch, rows, matrix, self._packing),
+                patch_address(patch, rows, matrix, self.packing),
             )
         self._native.blockllm_project(self._pool, native.PROJECT[len(linears)].pack(*fields))
 

@@ -4,6 +4,7 @@ Reading weights of a megabyte or two through 4 KiB pages costs a quarter of the 
 """
 
 import mmap
+import threading
 import weakref
 
 import numpy as np
@@ -22,23 +23,25 @@ def reserve(nbytes: int) -> mmap.mmap:
 
 
 class Arena:
-    """Hands out arrays of bytes. A dropped array's pages go back to the system at once; its
-    addresses stay unused until its whole mapping is dropped."""
+    """Hands out arrays of bytes, in any thread. A dropped array's pages go back to the system at
+    once; its addresses stay unused until its whole mapping is dropped."""
 
     def __init__(self) -> None:
         self._chunk: mmap.mmap | None = None
         self._used = _CHUNK
+        self._lock = threading.Lock()
 
     def take(self, nbytes: int) -> np.ndarray:
         """`nbytes` zero bytes, uint8, aligned to a cache line."""
         if nbytes > _CHUNK // 4:
             return np.frombuffer(reserve(nbytes), dtype=np.uint8)
-        if self._chunk is None or self._used + nbytes > _CHUNK:
-            self._chunk, self._used = reserve(_CHUNK), 0
-        begin = self._used
-        self._used += -(-nbytes // _LINE) * _LINE
-        array = np.frombuffer(self._chunk, dtype=np.uint8, count=nbytes, offset=begin)
-        finalizer = weakref.finalize(array, _release, self._chunk, begin, begin + nbytes)
+        with self._lock:
+            if self._chunk is None or self._used + nbytes > _CHUNK:
+                self._chunk, self._used = reserve(_CHUNK), 0
+            chunk, begin = self._chunk, self._used
+            self._used += -(-nbytes // _LINE) * _LINE
+        array = np.frombuffer(chunk, dtype=np.uint8, count=nbytes, offset=begin)
+        finalizer = weakref.finalize(array, _release, chunk, begin, begin + nbytes)
         finalizer.atexit = False
         return array
 

@@ -69,11 +69,11 @@ class Run(Protocol):
 class Record:
     """A C record that outlives one call, at a fixed address."""
 
-    __slots__ = ("_data", "address")
+    __slots__ = ("address", "data")
 
     def __init__(self, data: bytes) -> None:
-        self._data = ctypes.create_string_buffer(data, len(data))
-        self.address = ctypes.addressof(self._data)
+        self.data = ctypes.create_string_buffer(data, len(data))
+        self.address = ctypes.addressof(self.data)
 
 
 def load(isa: Isa | str) -> tuple[Isa, ctypes.CDLL]:

@@ -13,7 +13,7 @@ residuals into few launches. Layers that norm what they add end in project -> ad
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
@@ -292,3 +292,50 @@ class Ops(Protocol):
         """Add what bottleneck adapters make of z to rows of x, in place; x and z, [rows, hidden],
         may be one tensor; the detours' rows are disjoint."""
         ...
+
+
+class PackedMatrix(Matrix, Protocol):
+    """A matrix whose bytes, uint8, can be kept and put back."""
+
+    @property
+    def memory(self) -> np.ndarray: ...
+
+
+class Packs(Protocol):
+    """Makes resident matrices in two steps, the second in whatever thread: memory is reserved, then
+    filled by packing. Or they are laid over bytes that were kept, which fit wherever `layout` is
+    the same, and move into better memory later."""
+
+    layout: str
+
+    def reserve(self, out: int, width: int, dtype: torch.dtype) -> PackedMatrix:
+        """A matrix [out, width] whose memory is to be filled."""
+        ...
+
+    def fill(self, matrix: Opaque, weight: Tensor) -> None:
+        """Pack a weight [out, width] into the matrix that was reserved for it."""
+        ...
+
+    def nbytes(self, out: int, width: int, dtype: torch.dtype) -> int:
+        """Bytes of a packed matrix [out, width]."""
+        ...
+
+    def over(self, memory: np.ndarray, out: int, width: int, dtype: torch.dtype) -> PackedMatrix:
+        """A matrix whose packed bytes are `memory`."""
+        ...
+
+    def copy(self, matrix: Opaque) -> np.ndarray:
+        """A matrix's bytes in memory that operations read fastest; any thread may ask."""
+        ...
+
+    def move(self, matrix: Opaque, memory: np.ndarray) -> None:
+        """Let a matrix lie in its copy from now on; no operation may be under way."""
+        ...
+
+
+@runtime_checkable
+class PackingOps(Protocol):
+    """Operations whose `matrix` repacks weights, and can do so in two steps."""
+
+    @property
+    def packing(self) -> Packs: ...

@@ -1,10 +1,14 @@
 """Weights as the native CPU kernels read them: packed into panels, or kept in rows.
 
 Panels are described in ext/cpu/panel.h, AMX's tiles in ext/cpu/amx.h. Nothing is lost: elements
-keep their stored 2 or 4 bytes.
+keep their stored 2 or 4 bytes. A matrix is packed by the thread that asks: whoever has several to
+pack asks from several threads, and never takes a turn of the pool that a step runs on.
 """
 
 import ctypes
+import hashlib
+import struct
+import weakref
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,38 +31,81 @@ class CpuMatrix:
 
 
 class Packing:
-    """Packs weights with the threads of `pool` into memory of its own."""
+    """Packs weights into memory of its own; `layout` names what becomes of one, so that packed
+    forms that were kept are taken up again only where they fit."""
 
-    def __init__(self, library: ctypes.CDLL, pool: ctypes.c_void_p) -> None:
+    def __init__(self, library: ctypes.CDLL, isa: str) -> None:
         self._native = library
-        self._pool = pool
+        # A pool of the calling thread alone.
+        self._pool = ctypes.c_void_p(library.blockllm_open(1))
+        weakref.finalize(self, library.blockllm_close, self._pool)
         self._arena = Arena()
         self.panel: int = library.blockllm_panel()
         self._storage = native.STORAGE | {torch.bfloat16: library.blockllm_bf16_storage()}
+        self.layout = f"{isa}-{self._fingerprint()}"
 
     def matrix(self, weight: Tensor) -> CpuMatrix:
         """A linear layer's weight [out, in]."""
-        _check(weight)
         out, width = weight.shape
-        storage = self._storage[weight.dtype]
-        memory = self._pack(weight, storage)
-        record = native.Record(native.MATRIX.pack(memory.ctypes.data, out, width, storage))
-        return CpuMatrix(out, width, memory.nbytes, memory, record)
+        matrix = self.reserve(out, width, weight.dtype)
+        self.fill(matrix, weight)
+        return matrix
+
+    def reserve(self, out: int, width: int, dtype: torch.dtype) -> CpuMatrix:
+        """A matrix [out, width] without its weights: `memory` is to be filled."""
+        return self.over(self._arena.take(self.nbytes(out, width, dtype)), out, width, dtype)
+
+    def over(self, memory: np.ndarray, out: int, width: int, dtype: torch.dtype) -> CpuMatrix:
+        """A matrix [out, width] whose packed bytes are `memory`, which may be read-only."""
+        if memory.nbytes != self.nbytes(out, width, dtype):
+            raise ValueError(f"{memory.nbytes} bytes are no matrix of {out} x {width} {dtype}")
+        record = native.Record(native.MATRIX.pack(0, out, width, self._storage[dtype]))
+        matrix = CpuMatrix(out, width, memory.nbytes, memory, record)
+        self.move(matrix, memory)
+        return matrix
+
+    def nbytes(self, out: int, width: int, dtype: torch.dtype) -> int:
+        """Bytes of a packed matrix [out, width]."""
+        _check(dtype, (out, width))
+        return self._native.blockllm_packed_bytes(out, width, self._storage[dtype])
+
+    def copy(self, matrix: CpuMatrix) -> np.ndarray:
+        """Memory of our own with the bytes of a matrix; any thread may."""
+        memory = self._arena.take(matrix.nbytes)
+        np.copyto(memory, matrix.memory)
+        return memory
+
+    def move(self, matrix: CpuMatrix, memory: np.ndarray) -> None:
+        """Let a matrix lie in `memory`, which has its bytes, while no operation reads it."""
+        struct.pack_into("Q", matrix.record.data, 0, memory.ctypes.data)
+        matrix.memory = memory
+
+    def fill(self, matrix: CpuMatrix, weight: Tensor) -> None:
+        """Put a weight into the matrix that was reserved for it; any thread may."""
+        if weight.shape != (matrix.out_features, matrix.in_features):
+            raise ValueError(
+                f"a weight of {tuple(weight.shape)} for a matrix of "
+                f"{matrix.out_features} x {matrix.in_features}"
+            )
+        self._pack(weight, self._storage[weight.dtype], matrix.memory)
 
     def factor(self, weight: Tensor) -> Tensor:
         """A low-rank matrix: one that is taller than wide in panels, another in rows [rank, in]."""
         if weight.shape[0] > weight.shape[1]:
             return self.panels(weight)
-        _check(weight)
+        _check(weight.dtype, tuple(weight.shape))
         rows = torch.from_numpy(self._arena.take(weight.nbytes)).view(weight.dtype)
         return rows.view(weight.shape).copy_(weight)
 
     def panels(self, weight: Tensor) -> Tensor:
         """[out, in] -> [panels, in, outputs of a panel]."""
-        _check(weight)
-        packed = torch.from_numpy(self._pack(weight, native.STORAGE[weight.dtype]))
-        packed = packed.view(weight.dtype)
-        return packed.view(-1, weight.shape[1], self.panel)
+        _check(weight.dtype, tuple(weight.shape))
+        out, width = weight.shape
+        storage = native.STORAGE[weight.dtype]
+        memory = self._arena.take(self._native.blockllm_packed_bytes(out, width, storage))
+        self._pack(weight, storage, memory)
+        packed = torch.from_numpy(memory).view(weight.dtype)
+        return packed.view(-1, width, self.panel)
 
     def rows(self, panels: Tensor, count: int) -> Tensor:
         """The first `count` rows of a matrix in panels."""
@@ -67,18 +114,26 @@ class Packing:
             return pairs.permute(0, 3, 2, 1).flatten(0, 2)[:count]
         return panels.permute(0, 2, 1).flatten(0, 1)[:count]
 
-    def _pack(self, weight: Tensor, storage: int) -> np.ndarray:
-        """The bytes of a matrix [out, in], packed."""
-        out, width = weight.shape
-        memory = self._arena.take(self._native.blockllm_packed_bytes(out, width, storage))
-        view = (memory.ctypes.data, out, width, storage)
+    def _pack(self, weight: Tensor, storage: int, memory: np.ndarray) -> None:
+        """Write a matrix [out, in], packed."""
+        view = (memory.ctypes.data, *weight.shape, storage)
         packing = native.PACKING.pack(*view, weight.data_ptr(), *weight.stride())
         self._native.blockllm_pack(self._pool, packing)
-        return memory
+
+    def _fingerprint(self) -> str:
+        """What packing does, in eight digits: taken of packed matrices whose elements all differ,
+        so that it changes whenever the panels do."""
+        out, width = 2 * self.panel + 3, 70
+        bits = torch.arange(out * width, dtype=torch.int32)
+        sha = hashlib.sha256()
+        for dtype in native.STORAGE:
+            whole = bits if dtype.itemsize == 4 else bits.to(torch.int16)
+            sha.update(self.matrix(whole.view(dtype).view(out, width)).memory.data)
+        return sha.hexdigest()[:8]
 
 
-def _check(weight: Tensor) -> None:
-    if weight.dtype not in native.STORAGE:
-        raise ValueError(f"weights must be float32, float16 or bfloat16, not {weight.dtype}")
-    if weight.numel() == 0:
-        raise ValueError(f"a matrix of {tuple(weight.shape)} has no weights")
+def _check(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if dtype not in native.STORAGE:
+        raise ValueError(f"weights must be float32, float16 or bfloat16, not {dtype}")
+    if 0 in shape:
+        raise ValueError(f"a matrix of {shape} has no weights")

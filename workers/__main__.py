@@ -22,6 +22,9 @@ from workers.worker import Worker
 
 _log = logging.getLogger(__name__)
 _IDLE_MS, _LOADING_MS = 200, 2
+# A step makes hundreds of calls that give up the interpreter's lock, and may wait that long to have
+# it back from the loader's threads.
+_SWITCH_S = 0.0005
 
 
 def main(argument: str) -> int:
@@ -34,6 +37,7 @@ def main(argument: str) -> int:
     )
     # The engine decides when to stop: an interrupt from the terminal reaches the whole group.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.setswitchinterval(_SWITCH_S)
     torch.set_num_threads(config.threads)
     ops = select_ops(config.device, config.ops, config.threads)
     context = zmq.Context()
@@ -47,6 +51,7 @@ def main(argument: str) -> int:
     try:
         _serve(worker, socket, config.heartbeat_s)
     finally:
+        worker.close()
         socket.close()
         context.term()
     return 0

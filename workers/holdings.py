@@ -88,10 +88,13 @@ class Holdings:
                 todo.extend(self._held[key].parts)
         return freed
 
+    def digests(self) -> set[Hashable]:
+        """What the keys of all that is held name: tensors and units by their digests."""
+        return {key[1] for key in self._held if isinstance(key, tuple)}
+
     def check_room(self, sizes: Mapping[ObjectDigest, int]) -> None:
-        """Refuse tensors (digest -> bytes) of which those not yet held would not fit."""
-        held = {key[1] for key in self._held if isinstance(key, tuple)}
-        needed = sum(size for digest, size in sizes.items() if digest not in held)
+        """Refuse tensors (digest -> bytes), none of them held yet, that would not fit."""
+        needed = sum(sizes.values())
         left = self._limit - self.resident_bytes
         if self._limit and needed > left:
             raise NoRoom(

@@ -5,7 +5,7 @@ own digests on top of that. The chain need not be in any catalog: manifests are 
 their objects are read from the zoo."""
 
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +15,9 @@ from ext.ops import Matrix, Opaque, Ops
 from workers.block import HeadUnit, ResidentUnit, build_unit
 from workers.chains import ServedChain, UnservableChain, describe
 from workers.holdings import Holdings, Made, Resident
+from workers.packer import Packer
 from workers.pieces import HeadRows, ResidentAttachment, build_attachment
-from workers.weights import Weights
+from workers.weights import Weights, dtype_of
 from workers.wire import ChainId
 from zoo.manifest import (
     Attachment,
@@ -28,6 +29,7 @@ from zoo.manifest import (
     UnitDigest,
     objects_of,
 )
+from zoo.packed import Form
 from zoo.store import ObjectInfo
 
 
@@ -46,21 +48,31 @@ class LoadedChain:
     keys: list[Hashable]
 
 
-def load(holdings: Holdings, weights: Weights, chain: ChainId, manifests: Manifests) -> LoadedChain:
-    """Make a chain resident; what fails (ZooError, UnservableChain, OSError, MemoryError) leaves
-    nothing behind."""
+def load(
+    holdings: Holdings,
+    weights: Weights,
+    chain: ChainId,
+    manifests: Manifests,
+    packer: Packer | None = None,
+) -> LoadedChain:
+    """Make a chain resident, its matrices by `packer` where there is one; what fails (ZooError,
+    UnservableChain, OSError, MemoryError) leaves nothing behind."""
     began, before = time.perf_counter(), holdings.resident_bytes
     layout = describe(chain, manifests)
-    shapes = _infos(weights, manifests)
-    holdings.check_room({digest: info.nbytes for digest, info in shapes.items()})
-    loading = _Loading(holdings, weights, shapes, layout.context)
+    infos = _infos(weights, manifests, holdings)
+    holdings.check_room({digest: info.nbytes for digest, info in infos.items()})
+    loading = _Loading(holdings, weights, infos, layout.context, packer)
     try:
         units = tuple(loading.unit(digest, unit) for digest, unit in manifests.units)
         attachments = tuple(
             None if a is None else loading.attachment(a, manifests.units[i], units[i])
             for i, a in enumerate(manifests.attachments)
         )
+        if packer is not None:
+            packer.settle()
     except BaseException:
+        if packer is not None:
+            packer.abandon()
         holdings.release(loading.used)
         raise
     layout.vocabulary = _vocabulary(units[-1], attachments[-1])
@@ -81,18 +93,20 @@ def time_load(
 ) -> float:
     """Seconds until units alone are resident; nothing of them stays."""
     began = time.perf_counter()
-    infos = {d: weights.info(d) for _, unit in units for d in unit.tensors.values()}
-    loading = _Loading(Holdings(ops), weights, infos, context)
+    loading = _Loading(Holdings(ops), weights, {}, context)
     for digest, unit in units:
         loading.unit(digest, unit)
     return time.perf_counter() - began
 
 
-def _infos(weights: Weights, manifests: Manifests) -> dict[ObjectDigest, ObjectInfo]:
-    """Every tensor of a chain, as stored."""
-    digests = {d for _, unit in manifests.units for d in unit.tensors.values()}
+def _infos(
+    weights: Weights, manifests: Manifests, holdings: Holdings
+) -> dict[ObjectDigest, ObjectInfo]:
+    """Every tensor of a chain that is not held yet, as stored."""
+    held = holdings.digests()
+    digests = {d for key, unit in manifests.units if key not in held for d in unit.tensors.values()}
     digests |= {d for a in manifests.attachments if a for d in objects_of(a[1])}
-    return {digest: weights.info(digest) for digest in digests}
+    return {digest: weights.info(digest) for digest in digests - held}
 
 
 def _vocabulary(head: ResidentUnit, attachment: ResidentAttachment | None) -> int:
@@ -110,10 +124,12 @@ class _Loading:
         self,
         holdings: Holdings,
         weights: Weights,
-        infos: Mapping[ObjectDigest, ObjectInfo],
+        infos: dict[ObjectDigest, ObjectInfo],
         context: int,
+        packer: Packer | None = None,
     ) -> None:
         self._holdings = holdings
+        self._packer = packer
         self._weights = weights
         self._infos = infos
         self._context = context
@@ -162,16 +178,29 @@ class _Loading:
 
     def shape(self, digest: ObjectDigest) -> tuple[int, ...]:
         """A tensor's shape."""
-        return self._infos[digest].shape
+        return self._info(digest).shape
+
+    def _info(self, digest: ObjectDigest) -> ObjectInfo:
+        if digest not in self._infos:
+            self._infos[digest] = self._weights.info(digest)
+        return self._infos[digest]
 
     def matrix(self, digest: ObjectDigest, transposed: bool) -> Matrix:
         """A resident weight, shared by every unit that has this tensor."""
 
         def make() -> Made:
-            matrix = self.ops.matrix(self.tensor(digest), transposed=transposed)
+            matrix = self._matrix(Form(digest, transposed))
             return matrix, matrix.nbytes, []
 
         return self._part(("matrix", digest, transposed), make)
+
+    def _matrix(self, form: Form) -> Matrix:
+        info = self._info(form.digest)
+        dtype = dtype_of(form.digest, info.dtype)
+        if self._packer is None or len(info.shape) != 2 or not dtype.is_floating_point:
+            return self.ops.matrix(self.tensor(form.digest), transposed=form.turned)
+        out, width = reversed(info.shape) if form.turned else info.shape
+        return self._packer.matrix(form, (out, width), dtype, lambda: self.tensor(form.digest))
 
     def vector(self, digest: ObjectDigest, offset: float) -> Tensor:
         """A norm weight (plus its family's offset), a bias or a gain."""

@@ -20,6 +20,7 @@ from workers.chains import Chains
 from workers.holdings import Holdings
 from workers.loading import LoadedChain, load, time_load
 from workers.memory import KvMemory
+from workers.packer import packer_for
 from workers.pages import Arena
 from workers.prefix import PrefixCache
 from workers.requests import Request, Requests, Span, laid_out
@@ -79,6 +80,7 @@ class Offline:
         self._ops: Ops = select_ops("cpu", ops, threads)
         self._weights = StoredWeights(Store(root))
         self._holdings = Holdings(self._ops)
+        self._packer = packer_for(self._ops)
         self._memory = KvMemory(
             Arena(kv_bytes), page=_PAGE, element_bytes=4, max_sequences=_MAX_SEQUENCES
         )
@@ -100,6 +102,8 @@ class Offline:
         for chain in list(self._chains):
             self._runner.remove(chain.id)
             self._chains.remove(chain.id)
+        if self._packer is not None:
+            self._packer.close()
 
     @property
     def kernels(self) -> str:
@@ -115,7 +119,7 @@ class Offline:
         """Make a chain resident, sharing by digest what is resident already. Raises ZooError, and
         UnservableChain where no worker could run it either."""
         number = ChainId(next(self._numbers))
-        loaded = load(self._holdings, self._weights, number, manifests)
+        loaded = load(self._holdings, self._weights, number, manifests, self._packer)
         self._chains.add(loaded.chain)
         self._runner.add(loaded)
         return Model(self, loaded)

@@ -12,6 +12,7 @@ from ext.ops import Ops
 from workers.chains import UnservableChain
 from workers.holdings import Holdings, NoRoom
 from workers.loading import LoadedChain, load
+from workers.packer import packer_for, step_back
 from workers.weights import LoadFormat, open_weights
 from workers.wire import ChainId, Load
 from zoo.catalog import Catalog
@@ -51,6 +52,7 @@ class Residency:
         self._root = zoo
         self._weights = open_weights(zoo, load_format, ops.device)
         self._holdings = Holdings(ops, limit_bytes)
+        self._packer = packer_for(ops, zoo if load_format == "auto" else None)
         self._chains: dict[ChainId, list[Hashable]] = {}
         self._jobs: queue.SimpleQueue[Callable[[], Outcome] | None] = queue.SimpleQueue()
         self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
@@ -60,8 +62,8 @@ class Residency:
 
     @property
     def is_busy(self) -> bool:
-        """Whether outcomes are still to come."""
-        return self._pending > 0
+        """Whether outcomes are still to come, or weights to move."""
+        return self._pending > 0 or (self._packer is not None and self._packer.is_moving)
 
     @property
     def resident_bytes(self) -> int:
@@ -79,7 +81,9 @@ class Residency:
         self._jobs.put(lambda: self._evict(chain, parked))
 
     def finished(self) -> list[Outcome]:
-        """Outcomes since the last call."""
+        """Outcomes since the last call, which must not come while a step runs."""
+        if self._packer is not None:
+            self._packer.move_in()
         outcomes: list[Outcome] = []
         while not self._outcomes.empty():
             outcomes.append(self._outcomes.get())
@@ -87,19 +91,23 @@ class Residency:
         return outcomes
 
     def stop(self) -> None:
-        """End the loader thread once its present job is done."""
+        """End the loader thread; a load under way fails."""
         self._jobs.put(None)
+        if self._packer is not None:
+            self._packer.close()
         self._thread.join()
 
     # ---- in the loader thread -------------------------------------------------------------------
 
     def _serve(self) -> None:
+        step_back()
         while (job := self._jobs.get()) is not None:
             self._outcomes.put(job())
 
     def _load(self, order: Load) -> Outcome:
         try:
-            loaded = load(self._holdings, self._weights, order.chain, self._manifests(order))
+            manifests = self._manifests(order)
+            loaded = load(self._holdings, self._weights, order.chain, manifests, self._packer)
         except NoRoom as error:
             freeable = {c: self._holdings.freed_by(keys) for c, keys in self._chains.items()}
             return LoadFailure(order.chain, _failed(error), error.missing, freeable)

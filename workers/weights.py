@@ -48,7 +48,7 @@ class StoredWeights:
         """See `Weights`."""
         stored = self._store.tensor(digest)
         array = np.asarray(_Lent(stored.data))
-        return torch.from_numpy(array).view(_dtype(digest, stored.dtype)).view(stored.shape)
+        return torch.from_numpy(array).view(dtype_of(digest, stored.dtype)).view(stored.shape)
 
 
 class DummyWeights:
@@ -70,7 +70,7 @@ class DummyWeights:
     def tensor(self, digest: ObjectDigest) -> Tensor:
         """See `Weights`."""
         info = self._store.info(digest)
-        dtype = _dtype(digest, info.dtype)
+        dtype = dtype_of(digest, info.dtype)
         if not dtype.is_floating_point:
             return torch.arange(info.shape[0], dtype=dtype).view(info.shape)
         if len(info.shape) < 2:
@@ -87,7 +87,8 @@ def open_weights(zoo: Path, load_format: LoadFormat, device: torch.device) -> We
     return StoredWeights(Store(zoo))
 
 
-def _dtype(digest: ObjectDigest, name: str) -> torch.dtype:
+def dtype_of(digest: ObjectDigest, name: str) -> torch.dtype:
+    """What torch calls the data type of a stored tensor. Raises UnservableChain."""
     if name not in _DTYPES:
         raise UnservableChain(f"tensor {digest} is of dtype {name}, not a float")
     return _DTYPES[name]

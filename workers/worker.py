@@ -102,6 +102,10 @@ class Worker:
             max_sequences=self.config.max_sequences,
         )
 
+    def close(self) -> None:
+        """End what runs beside the loop."""
+        self._residency.stop()
+
     # ---- commands -------------------------------------------------------------------------------
 
     def take(self, command: wire.Command) -> None:

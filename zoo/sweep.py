@@ -1,5 +1,5 @@
-"""Removing what no variant needs any more: objects, manifests, and files of writers that were
-killed.
+"""Removing what no variant needs any more: objects, their packed forms, manifests, and files of
+writers that were killed.
 
 Kept are the objects of every variant, of the versions that aliases stay with, of findings, and what
 any of these is a difference to. Older versions go. Runs under the writer's lock, so it never meets
@@ -14,6 +14,7 @@ from zoo.catalog import Catalog, Version
 from zoo.findings import Findings
 from zoo.lock import writing
 from zoo.manifest import ObjectDigest
+from zoo.packed import packed_files
 from zoo.progress import Progress
 from zoo.reach import Reach
 from zoo.store import Store
@@ -21,7 +22,8 @@ from zoo.store import Store
 
 @dataclass(frozen=True, slots=True)
 class Rubbish:
-    """What a sweep removes, or would remove; `versions` as NAME@N."""
+    """What a sweep removes, or would remove; `versions` as NAME@N. `leftovers` are files of
+    writers that were killed, and packed forms of objects that go or are gone."""
 
     objects: list[ObjectDigest] = field(default_factory=list)
     leftovers: list[Path] = field(default_factory=list)
@@ -67,7 +69,9 @@ def _lost(catalog: Catalog, reached: set[str]) -> list[Version]:
 
 def _find(store: Store, reached: set[str], lost: list[Version]) -> Rubbish:
     objects = sorted(digest for digest in store.digests() if digest not in reached)
-    leftovers = store.leftovers()
+    kept = {digest for digest in store.digests() if digest in reached}
+    packed = [path for path, digest in packed_files(store.root) if digest not in kept]
+    leftovers = [*store.leftovers(), *packed]
     files = [*(store.path(digest) for digest in objects), *leftovers]
     versions = [version.reference for version in lost]
     return Rubbish(objects, leftovers, versions, sum(file.stat().st_size for file in files))

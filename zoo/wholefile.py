@@ -1,6 +1,6 @@
 """Files that are there whole or not at all: written beside their place, synced, then renamed.
 
-Used by `zoo.store`; the lock's holder removes what a killed writer left (`LEFTOVERS`).
+Used by `zoo.store` and `zoo.packed`; the sweep removes what a killed writer left (`LEFTOVERS`).
 """
 
 import contextlib
@@ -14,9 +14,10 @@ LEFTOVERS = ".tmp-*"
 _CHUNK_BYTES = 1 << 20
 
 
-def write_whole(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
-    """Make `path` a read-only file of these pieces; whatever fails, it is as it was. Its name
-    survives a power loss once its folder is synced."""
+def write_whole(path: Path, pieces: Iterable[bytes | memoryview], *, lasting: bool = True) -> None:
+    """Make `path` a read-only file of these pieces; whatever fails, it is as it was. Its content
+    survives a power loss if it is to be `lasting`, and so does its name once its folder is
+    synced."""
     temporary = path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(6)}")
     try:
         with _create(temporary) as file:
@@ -24,7 +25,8 @@ def write_whole(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
                 file.write(piece)
             file.flush()
             os.fchmod(file.fileno(), 0o444)
-            os.fsync(file.fileno())
+            if lasting:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):

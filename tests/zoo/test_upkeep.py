@@ -15,6 +15,7 @@ from zoo.history import history
 from zoo.listing import Listing
 from zoo.lock import writing
 from zoo.manifest import ObjectDigest
+from zoo.packed import Form, PackedForms, packed_files
 from zoo.progress import Quiet
 from zoo.reach import Reach
 from zoo.remove import remove
@@ -106,6 +107,20 @@ def test_a_sweep_deletes_what_nothing_reaches_and_no_more(family: Path):
     reached = Reach(catalog).digests(catalog.variants())
     assert set(catalog.objects()) == {digest for digest in reached if digest in catalog.objects()}
     assert set(Store(family).digests()) == set(catalog.objects())
+
+
+def test_a_sweep_takes_the_packed_forms_of_what_goes(family: Path):
+    own = Catalog(family).variant("last").tensors["model.layers.3.mlp.up_proj.weight"]
+    shared = Catalog(family).variant("base").tensors["model.layers.0.mlp.up_proj.weight"]
+    gone = ObjectDigest("f" * 64)
+    for digest in (own, shared, gone):
+        PackedForms(family, "panels").write(Form(digest, turned=False), memoryview(b"form"))
+    of = {digest: path for path, digest in packed_files(family)}
+    assert swept(family, delete=False).leftovers == [of[gone]]
+    remove(family, "last", wait_s=1, progress=Quiet())
+    rubbish = swept(family)
+    assert set(rubbish.leftovers) == {of[own], of[gone]}
+    assert list(packed_files(family)) == [(of[shared], shared)]
 
 
 def test_everything_can_go(family: Path):
