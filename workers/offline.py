@@ -26,7 +26,7 @@ from workers.prefix import PrefixCache
 from workers.requests import Request, Requests, Span, laid_out
 from workers.runner import Runner
 from workers.weights import StoredWeights
-from workers.wire import ChainId, RequestId, Sampling
+from workers.wire import ChainId, KvDtype, RequestId, Sampling
 from zoo.manifest import Manifests, Unit, UnitDigest
 from zoo.store import Store
 
@@ -75,14 +75,20 @@ class Offline:
     number; `kv_bytes` bounds what runs at once, not how much can be asked."""
 
     def __init__(
-        self, root: Path, *, ops: str = "auto", threads: int = 0, kv_bytes: int = 1 << 30
+        self,
+        root: Path,
+        *,
+        ops: str = "auto",
+        threads: int = 0,
+        kv_bytes: int = 1 << 30,
+        kv_dtype: KvDtype = "float32",
     ) -> None:
         self._ops: Ops = select_ops("cpu", ops, threads)
         self._weights = StoredWeights(Store(root))
         self._holdings = Holdings(self._ops)
         self._packer = packer_for(self._ops)
         self._memory = KvMemory(
-            Arena(kv_bytes), page=_PAGE, element_bytes=4, max_sequences=_MAX_SEQUENCES
+            Arena(kv_bytes), page=_PAGE, dtype=kv_dtype, max_sequences=_MAX_SEQUENCES
         )
         self._requests = Requests(self._memory, PrefixCache(), use_prefixes=False)
         self._chains = Chains(_MAX_ROWS)

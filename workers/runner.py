@@ -30,7 +30,9 @@ from workers.foreign import ForeignUnit, foreign
 from workers.loading import LoadedChain
 from workers.memory import KvMemory
 from workers.requests import Request, Requests
-from workers.wire import BlockReport, ChainId
+from workers.wire import BlockReport, ChainId, KvDtype
+
+_KV_DTYPES: dict[KvDtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,15 +282,16 @@ class Runner:
         offsets = torch.from_numpy(positions % page)
         for layer, prefix in enumerate(self._attachments.prefixes(chain.id)):
             pages = torch.from_numpy(table[layer, positions // page].astype(np.int64))
-            data[pages, 0, offsets] = prefix.keys[first:last]
-            data[pages, 1, offsets] = prefix.values[first:last]
+            data[pages, 0, offsets] = prefix.keys[first:last].to(data.dtype)
+            data[pages, 1, offsets] = prefix.values[first:last].to(data.dtype)
 
     def _cache(self, shape: KvShape) -> Cache:
         """The arena seen as pages of a shape."""
         if shape not in self._caches:
             count = self._memory.arena.total_bytes // self._memory.page_bytes(shape)
-            data = self._arena[: count * self._memory.page_bytes(shape)].view(torch.float32)
+            data = self._arena[: count * self._memory.page_bytes(shape)]
             page = self._memory.page
+            data = data.view(_KV_DTYPES[self._memory.dtype])
             data = data.view(count, 2, page, shape.kv_heads, shape.head_dim)
             self._caches[shape] = Cache(data, page)
         return self._caches[shape]
@@ -309,7 +312,7 @@ class Runner:
                 self._store(running, step, stage.last, column, row)
 
     def _store(self, running: _Running, step: Step, depth: int, column: int, row: int) -> None:
-        flat = running.cache.data.view(len(running.cache.data), -1)
+        flat = _as_floats(running.cache)
         width = step.request.chain.width(depth)
         x = running.x(width)[row : row + self._memory.page].reshape(-1)
         pages = -(-x.numel() // flat.shape[1])
@@ -322,7 +325,7 @@ class Runner:
     def _restore(self, running: _Running) -> None:
         """Put kept activations where steps enter above the bottom."""
         page = self._memory.page
-        flat = running.cache.data.view(len(running.cache.data), -1)
+        flat = _as_floats(running.cache)
         for i, step in enumerate(running.wave.steps):
             if step.span.depth == 0:
                 continue
@@ -333,6 +336,11 @@ class Runner:
                 row = int(running.wave.starts[i]) + column * page - step.span.first
                 kept = flat[torch.from_numpy(ids).long()].view(-1)[: page * width]
                 x[row : row + page] = kept.view(page, -1)
+
+
+def _as_floats(cache: Cache) -> Tensor:
+    """Pages as float32 [pages, floats of a page], whatever KV they hold: activations stay exact."""
+    return cache.data.view(len(cache.data), -1).view(torch.float32)
 
 
 def _wanted_rows(step: Step) -> list[int]:

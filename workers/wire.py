@@ -13,6 +13,9 @@ import msgspec
 WIRE_VERSION = 1
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 
+# What the elements of KV pages are. bfloat16 rounds keys and values: half the memory, approximate.
+KvDtype = Literal["float32", "bfloat16"]
+
 RequestId = NewType("RequestId", int)
 ChainId = NewType("ChainId", int)
 
@@ -55,7 +58,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `kv_bytes` and `weight_bytes` are ceilings; 0 lets the worker choose from what the device has.
     `max_rows` is the token budget of one wave (decode rows first, the rest prefill); 0: what suits
-    the device. `load_format` "dummy" makes weights up.
+    the device. `kv_dtype` "auto" is the exact one. `load_format` "dummy" makes weights up.
     """
 
     name: str
@@ -67,6 +70,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     threads: int = 0
     page: int = 16
     kv_bytes: int = 0
+    kv_dtype: KvDtype | Literal["auto"] = "auto"
     weight_bytes: int = 0
     max_sequences: int = 256
     max_rows: int = 0
@@ -148,6 +152,7 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello", forbid_un
     weight_bytes: int
     page: int
     max_sequences: int
+    kv_dtype: KvDtype = "float32"
 
 
 class Loaded(

@@ -55,7 +55,10 @@ class Worker:
         self._send = send
         arena = Arena(config.kv_bytes)
         self._memory = KvMemory(
-            arena, page=config.page, element_bytes=4, max_sequences=config.max_sequences
+            arena,
+            page=config.page,
+            dtype="float32" if config.kv_dtype == "auto" else config.kv_dtype,
+            max_sequences=config.max_sequences,
         )
         self._cache = PrefixCache()
         self._requests = Requests(self._memory, self._cache, use_prefixes=config.prefix_cache)
@@ -100,6 +103,7 @@ class Worker:
             weight_bytes=self.config.weight_bytes,
             page=self.config.page,
             max_sequences=self.config.max_sequences,
+            kv_dtype=self._memory.dtype,
         )
 
     def close(self) -> None:
