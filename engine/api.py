@@ -154,17 +154,20 @@ Request = Submit | Cancel | ListModels | GetStatus | GetMetrics | Tokenize | Det
 # ---- engine -> client ---------------------------------------------------------------------------
 
 
-class Approximation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How a chain that is not kept exactly was measured against the exact one, when it was added:
-    `store` is "delta" or "equivalent", `agreement` the share of positions with the same best token
-    (from `agreement_low`, 95 %), `kl` the mean divergence in nats, over `tokens` held-out
-    tokens."""
+class Approximation(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Why answers are not exact: because of their chain, or because of how the server keeps it.
+
+    A chain whose `store` is "delta" or "equivalent" was measured against the exact one when it was
+    added: `agreement` is the share of positions with the same best token (from `agreement_low`,
+    95 %), `kl` the mean divergence in nats, over `tokens` held-out tokens. `kv_cache` is what the
+    server rounds keys and values to ("bfloat16")."""
 
     store: str
-    agreement: float
-    agreement_low: float
-    kl: float
-    tokens: int
+    agreement: float | None = None
+    agreement_low: float | None = None
+    kl: float | None = None
+    tokens: int = 0
+    kv_cache: str | None = None
 
 
 class Accepted(

@@ -6,7 +6,6 @@ Knows text, stop strings and probabilities; knows no worker, no socket and no cl
 from dataclasses import dataclass
 
 from engine import api
-from engine.exactness import approximation_of
 from engine.text import Stream, VariantText
 from workers import wire
 from workers.wire import ChainId
@@ -28,6 +27,7 @@ class Ask:
     sampling: api.Sampling
     wire_sampling: wire.Sampling
     text: VariantText
+    approximation: api.Approximation | None
 
 
 class Delivery:
@@ -59,9 +59,7 @@ class Delivery:
     def accepted(self) -> api.Accepted:
         """The word that the request runs or waits."""
         ask = self.ask
-        return api.Accepted(
-            self.id, ask.model, ask.variant.chain, ask.prompt, approximation_of(ask.variant)
-        )
+        return api.Accepted(self.id, ask.model, ask.variant.chain, ask.prompt, ask.approximation)
 
     def score(self, first: int, logprobs: tuple[wire.Logprobs, ...]) -> None:
         """Take in probabilities of the prompt's tokens from position `first` on."""

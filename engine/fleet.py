@@ -180,6 +180,7 @@ class Fleet:
             threads=config.threads,
             page=config.block_size,
             kv_bytes=config.kv_cache_memory_bytes,
+            kv_dtype=config.kv_cache_dtype,
             weight_bytes=config.weight_memory_bytes,
             max_sequences=config.max_num_seqs,
             max_rows=config.max_num_batched_tokens,

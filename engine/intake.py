@@ -15,6 +15,7 @@ from engine import api, sampling
 from engine.config import Config
 from engine.delivery import Ask
 from engine.errors import EngineFailed, InvalidRequest, ModelNotFound, TextError, Unauthorized
+from engine.exactness import approximation_of
 from engine.keys import ApiKeys
 from engine.state import Cluster, Served
 from engine.text import Texts, VariantText
@@ -74,6 +75,10 @@ class Intake:
         """Longest sequence that this engine serves of a variant."""
         return self._config.served_context(variant.context)
 
+    def approximation(self, variant: Variant) -> api.Approximation | None:
+        """What keeps this engine's answers of a variant from being exact, if anything does."""
+        return approximation_of(variant, self._config)
+
     async def prepare(self, submit: api.Submit) -> Ask:
         """The request in this engine's terms, or the EngineError that says what is wrong."""
         tenant = self.tenant(submit.api_key)
@@ -109,6 +114,7 @@ class Intake:
                 max_tokens=max_tokens,
             ),
             text=text,
+            approximation=self.approximation(variant),
         )
 
     async def text(self, variant: Variant) -> VariantText:

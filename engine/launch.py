@@ -19,6 +19,7 @@ from engine import logs
 from engine.config import Config, ConfigError, HttpConfig, unknown_variables
 from engine.controller import Controller
 from engine.devices import devices, threads
+from engine.exactness import warning
 from engine.fleet import WORKER_COMMAND, Fleet, WorkerFailed
 from engine.gateway import Gateway
 from engine.keys import read_keys
@@ -102,6 +103,8 @@ def launch(config: Config, environ: Mapping[str, str], commands: Commands | None
     logs.configure("engine", config.log_level, as_json=config.log_json)
     for name in unknown_variables(environ):
         log.warning("the variable %s is not known and has no effect", name)
+    if approximate := warning(config):
+        log.warning("%s", approximate)
     code = 0
     with _private_folder() as folder:
         try:

@@ -5,7 +5,6 @@ from typing import Any
 
 from engine import api
 from engine.errors import InvalidRequest, TextError
-from engine.exactness import approximation_of
 from engine.intake import Intake
 from engine.metrics import Metrics
 from engine.sampling import check_ids
@@ -59,7 +58,7 @@ class Queries:
         if not api_key and self._intake.needs_key:
             return {name: about[name] for name in ("state", "ready", "version")}
         self._intake.tenant(api_key)
-        return about | snapshot(self._cluster)
+        return about | snapshot(self._cluster, self._intake.approximation)
 
     def _model(self, served: Served) -> api.Model:
         variant = served.variant
@@ -74,7 +73,7 @@ class Queries:
             fingerprint=variant.chain,
             residency=self._cluster.residency(served.chain),
             has_chat_template=self._has_chat_template(variant),
-            approximation=approximation_of(variant),
+            approximation=self._intake.approximation(variant),
         )
 
     def _has_chat_template(self, variant: Variant) -> bool:

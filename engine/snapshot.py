@@ -1,17 +1,21 @@
 """Pure: the cluster as a plain mapping, for `status`, `top`, the dashboard and JSON."""
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
-from engine.exactness import approximation_of
+from engine.api import Approximation
 from engine.gauges import kv_usage
 from engine.state import Cluster, Served, Worker
 from workers import wire
+from zoo.manifest import Variant
+
+Exactness = Callable[[Variant], Approximation | None]
 
 
-def snapshot(cluster: Cluster) -> dict[str, Any]:
+def snapshot(cluster: Cluster, approximation_of: Exactness) -> dict[str, Any]:
     """Requests, workers, blocks and variants as they are now."""
     running = sum(live.attempt is not None for live in cluster.requests.values())
     return {
@@ -23,7 +27,7 @@ def snapshot(cluster: Cluster) -> dict[str, Any]:
             if worker.status is not None
             for block in worker.status.blocks
         ],
-        "variants": _variants(cluster),
+        "variants": _variants(cluster, approximation_of),
         "counters": dict(cluster.counters()),
     }
 
@@ -39,6 +43,7 @@ def _worker(worker: Worker) -> dict[str, Any]:
         "max_sequences": hello.max_sequences,
         "page": hello.page,
         "kv_bytes": hello.kv_bytes,
+        "kv_dtype": hello.kv_dtype,
     }
     if status is not None:
         fields = msgspec.structs.asdict(status)
@@ -52,19 +57,21 @@ def _block(worker: str, block: wire.BlockReport) -> dict[str, Any]:
     return {"worker": worker, **msgspec.structs.asdict(block), "mean_batch": mean}
 
 
-def _variants(cluster: Cluster) -> list[dict[str, Any]]:
+def _variants(cluster: Cluster, approximation_of: Exactness) -> list[dict[str, Any]]:
     running: Counter[int] = Counter()
     waiting: Counter[int] = Counter()
     for live in cluster.requests.values():
         (waiting if live.attempt is None else running)[live.chain] += 1
     return [
-        _variant(cluster, served)
+        _variant(cluster, served, approximation_of(served.variant))
         | {"running": running[served.chain], "waiting": waiting[served.chain]}
         for served in cluster.variants.values()
     ]
 
 
-def _variant(cluster: Cluster, served: Served) -> dict[str, Any]:
+def _variant(
+    cluster: Cluster, served: Served, approximation: Approximation | None
+) -> dict[str, Any]:
     variant = served.variant
     loaded = next(
         (
@@ -84,7 +91,7 @@ def _variant(cluster: Cluster, served: Served) -> dict[str, Any]:
         "reason": cluster.failure(served.chain),
         "store": variant.store,
     }
-    if (approximation := approximation_of(variant)) is not None:
+    if approximation is not None:
         shown["approximation"] = msgspec.to_builtins(approximation)
     if loaded is not None:
         shown |= {

@@ -56,6 +56,7 @@ def test_switches_can_be_turned_off() -> None:
         (["--max-num-seqs", "none"], {}, "--max-num-seqs"),
         (["--max-num-seqs", "0"], {}, "--max-num-seqs"),
         (["--device", "tpu"], {}, "write one of auto, cpu, cuda"),
+        (["--kv-cache-dtype", "fp8"], {}, "write one of auto, float32, bfloat16"),
         (["--workers", "-1"], {}, "--workers"),
         (["--http", "8000"], {}, "write HOST:PORT"),
         (["--http", "127.0.0.1:99999"], {}, "write HOST:PORT"),

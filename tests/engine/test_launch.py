@@ -183,6 +183,14 @@ def test_log_lines_can_be_json_and_hold_no_prompt(zoo: Path) -> None:
         assert any("on base: length after 17 + 2 tokens" in line["message"] for line in lines)
 
 
+def test_a_server_that_rounds_says_so_at_its_start(zoo: Path) -> None:
+    for flags, told in (((), False), (("--kv-cache-dtype", "bfloat16"), True)):
+        with launched(zoo, *LOCAL, "--http", "none", *flags) as process:
+            ready(process)
+            process.send_signal(signal.SIGTERM)
+            assert ("answers are approximate: KV pages hold bfloat16" in ended(process)[2]) == told
+
+
 def test_a_misspelt_variable_is_reported(zoo: Path) -> None:
     with launched(zoo, *LOCAL, "--http", "none", BLOCKLLM_MAX_SEQS="3") as process:
         ready(process)
