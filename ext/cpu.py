@@ -1,9 +1,9 @@
 """Native CPU operations: the kernels of ext/cpu behind the interface `ext.ops.Ops`.
 
-Weights stay in their stored 2 or 4 bytes, repacked into panels; activations and sums are float32.
-A row's results have the same bits whatever other rows share its batch, and whatever the number of
-threads. Each operation packs one record (`ext.native`) and makes one foreign call, which releases
-the interpreter's lock.
+Weights stay in their stored 2 or 4 bytes, or are codes of 8 or 4 bits, repacked into panels;
+activations and sums are float32. A row's results have the same bits whatever other rows share its
+batch, and whatever the number of threads. Each operation packs one record (`ext.native`) and makes
+one foreign call, which releases the interpreter's lock.
 """
 
 import ctypes
@@ -32,6 +32,7 @@ from ext.ops import (
 )
 from ext.packing import CpuMatrix, Packing
 from ext.patch import patch_address
+from ext.quantize import Quantized
 
 _BLOCK_ROWS = 32
 _PAGES = (torch.float32, torch.bfloat16)
@@ -78,6 +79,9 @@ class CpuOps:
 
     def matrix(self, weight: Tensor, *, transposed: bool = False) -> CpuMatrix:
         return self.packing.matrix(weight.t() if transposed else weight)
+
+    def coded(self, weight: Quantized) -> CpuMatrix:
+        return self._packing.coded(weight)
 
     def vector(self, weight: Tensor) -> Tensor:
         return weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
@@ -135,6 +139,8 @@ class CpuOps:
         out = torch.empty(len(tokens), table.in_features)
         if len(tokens) == 0:
             return out
+        if table.is_coded or (positions is not None and positions.is_coded):
+            raise ValueError("embeddings cannot be looked up in codes")
         if tokens.min() < 0 or tokens.max() >= table.out_features:
             raise ValueError(f"a token lies outside the vocabulary of {table.out_features}")
         if positions is not None and plan.num_positions + offset > positions.out_features:
@@ -348,6 +354,8 @@ def _detour(d: Detour, width: int) -> bytes:
     size = down.out_features
     if (down.in_features, up.in_features, up.out_features) != (width, size, width):
         raise ValueError(f"a bottleneck of {down.in_features} to {size} for rows of {width}")
+    if down.is_coded or up.is_coded:
+        raise ValueError("a bottleneck's matrices cannot be codes")
     return native.DETOUR.pack(
         d.first,
         d.last,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ext.build import NO_MACHINE, Isa, Unavailable, library, supported
 from ext.ops import Norm, NormRows
+from ext.quantize import Bits
 
 _log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ PATCH = Struct("qqq")
 SEGMENT = Struct("qqQqQqqqd")
 FINISH = Struct("qqQQ")
 STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+CODES: dict[Bits, int] = {"int8": 4, "int4": 5}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "tanh": 4, "none": 5}
 
 _NORM_RUN = Struct("qqQQ")

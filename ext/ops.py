@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ext.quantize import Quantized
+
 # Made and read by one implementation alone.
 Opaque: TypeAlias = Any
 
@@ -196,6 +198,11 @@ class Ops(Protocol):
     def matrix(self, weight: Tensor, *, transposed: bool = False) -> Matrix:
         """Resident form of a stored matrix [out, in] ([in, out] if transposed); f32, f16 or bf16,
         without loss. It must not keep `weight` (a mapped file) alive unless it uses that memory."""
+        ...
+
+    def coded(self, weight: Quantized) -> Matrix:
+        """Resident form of a linear layer's weight that was rounded to a few bits. Products over it
+        take float32 rows and are those of `weight.dense()`."""
         ...
 
     def vector(self, weight: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """Weights as the native CPU kernels read them: packed into panels, or kept in rows.
 
-Panels are described in ext/cpu/panel.h, AMX's tiles in ext/cpu/amx.h. Nothing is lost: elements
-keep their stored 2 or 4 bytes. A matrix is packed by the thread that asks: whoever has several to
-pack asks from several threads, and never takes a turn of the pool that a step runs on.
+Panels are described in ext/cpu/panel.h, AMX's tiles in ext/cpu/amx.h, panels of codes in
+ext/cpu/grouped.h. Nothing is lost here: elements keep their stored 2 or 4 bytes, codes their bits. A
+matrix is packed by the thread that asks: whoever has several to pack asks from several threads, and
+never takes a turn of the pool that a step runs on.
 """
 
 import ctypes
@@ -17,17 +18,20 @@ from torch import Tensor
 
 from ext import native
 from ext.memory import Arena
+from ext.quantize import Quantized
 
 
 @dataclass(eq=False, slots=True)
 class CpuMatrix:
-    """A packed weight: panels or tiles in `memory`, and the record that describes them."""
+    """A packed weight: panels or tiles in `memory`, and the record that describes them. Where
+    `is_coded`, products alone can read it."""
 
     out_features: int
     in_features: int
     nbytes: int
     memory: np.ndarray
     record: native.Record
+    is_coded: bool = False
 
 
 class Packing:
@@ -88,6 +92,29 @@ class Packing:
                 f"{matrix.out_features} x {matrix.in_features}"
             )
         self._pack(weight, self._storage[weight.dtype], matrix.memory)
+
+    def coded(self, weight: Quantized) -> CpuMatrix:
+        """A linear layer's weight as codes."""
+        out, width = len(weight.codes), weight.width
+        heads = [weight.scales] if weight.offsets is None else [weight.scales, weight.offsets]
+        head = self._in_panels(torch.stack(heads, 1)).permute(0, 3, 2, 1)
+        codes = self._in_panels(weight.codes).permute(0, 2, 3, 1)
+        if weight.bits == "int4":
+            low, high = codes.unflatten(3, (2, -1)).unbind(3)
+            codes = low | high << 4
+        parts = [part.contiguous().view(torch.uint8).flatten(2) for part in (head, codes)]
+        memory = self._arena.take(sum(part.numel() for part in parts))
+        torch.cat(parts, 2, out=torch.from_numpy(memory).view(*parts[0].shape[:2], -1))
+        view = (memory.ctypes.data, out, width, native.CODES[weight.bits])
+        record = native.Record(native.MATRIX.pack(*view))
+        return CpuMatrix(out, width, memory.nbytes, memory, record, is_coded=True)
+
+    def _in_panels(self, rows: Tensor) -> Tensor:
+        """[out, ...] -> [panels, outputs of a panel, ...], the last panel filled up with zeros."""
+        missing = -len(rows) % self.panel
+        if missing:
+            rows = torch.cat((rows, rows.new_zeros(missing, *rows.shape[1:])))
+        return rows.unflatten(0, (-1, self.panel))
 
     def factor(self, weight: Tensor) -> Tensor:
         """A low-rank matrix: one that is taller than wide in panels, another in rows [rank, in]."""

@@ -25,6 +25,7 @@ from ext.ops import (
     Place,
     RowGain,
 )
+from ext.quantize import Quantized
 
 _CURVES: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -89,6 +90,9 @@ class TorchOps:
     def matrix(self, weight: Tensor, *, transposed: bool = False) -> TorchMatrix:
         weight = weight.to(self.device, torch.float32)
         return TorchMatrix(weight.t() if transposed else weight)
+
+    def coded(self, weight: Quantized) -> TorchMatrix:
+        return TorchMatrix(weight.dense().to(self.device))
 
     def vector(self, weight: Tensor) -> Tensor:
         return weight.to(self.device, torch.float32, copy=True).contiguous()

@@ -22,6 +22,21 @@ void normalize_rows(const ProjectCall& call, const Rows& rows, float* plain) {
     normalize(norm_of(call.norm, r), call.x + r * width, width, plain + r * width);
 }
 
+// The sums of rows by groups of inputs, for the layers whose codes have offsets.
+void sum_rows(const Projection& p, const Rows& rows) {
+  const int64_t width = p.call.width;
+  for (int64_t r = rows.first; p.group_sums != nullptr && r < rows.first + rows.count; ++r)
+    sum_groups(p.plain + r * width, width, p.call.rows, p.group_sums + r);
+}
+
+// Where those sums go; null where no layer needs them.
+float* room_for_sums(const ProjectCall& call) {
+  for (int64_t i = 0; i < call.count; ++i)
+    if (call.linears[i].matrix->storage == Storage::kInt4)
+      return scratch<kGroupSums>(call.rows * ceil_div(call.width, Int4::kInputs));
+  return nullptr;
+}
+
 // Groups of some rows, from [rows, width] into their places among the packed groups: those for
 // panels, of which there are groups_of(rows), and those for tiles.
 void pack(const Rows& rows, int64_t g, int64_t width, const float* plain, float* packed) {
@@ -158,6 +173,7 @@ void project_one_chunk(Pool* pool, Projection& p, float* normed) {
   const int64_t groups = p.has_tiles ? ceil_div(call.rows, kHeight) : groups_of(call.rows);
   pool->run(groups, [&](int64_t g) {
     normalize_rows(call, part(call.rows, groups, g), normed);
+    sum_rows(p, part(call.rows, groups, g));
     if (p.has_tiles) {
       cut(rows, g, call.width, p.plain, pieces);
     } else if (packs) {
@@ -174,8 +190,11 @@ void project_one_chunk(Pool* pool, Projection& p, float* normed) {
 
 void project_chunks(Pool* pool, Projection& p, float* normed) {
   const int64_t width = p.call.width;
-  if (normed != nullptr)
-    pool->run(p.chunks, [&](int64_t i) { normalize_rows(p.call, p.chunk(i), normed); });
+  if (normed != nullptr || p.group_sums != nullptr)
+    pool->run(p.chunks, [&](int64_t i) {
+      normalize_rows(p.call, p.chunk(i), normed);
+      sum_rows(p, p.chunk(i));
+    });
   p.shrunk = shrink_all(pool, p);
   const Jobs jobs(p);
   const int64_t wanted = ceil_div(kTasksPerThread * (pool->threads() - 1), p.chunks);
@@ -220,7 +239,7 @@ void blockllm_project(Pool* pool, const ProjectCall* call) {
   const int64_t panels = panels_per_job(call->rows, has_panels);
   const bool norms = call->norm.kind != NormKind::kNone;
   float* normed = norms ? scratch<kRows>(call->rows * call->width) : nullptr;
-  Projection p{*call,      chunks,  panels, has_panels, has_tiles, norms ? normed : call->x,
-               nullptr};
+  Projection p{*call,   chunks, panels, has_panels, has_tiles, norms ? normed : call->x,
+               nullptr, room_for_sums(*call)};
   chunks == 1 ? project_one_chunk(pool, p, normed) : project_chunks(pool, p, normed);
 }

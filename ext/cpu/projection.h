@@ -2,14 +2,13 @@
 // task.
 #pragma once
 #include "amx.h"
+#include "grouped.h"
 #include "lora.h"
 #include "runs.h"
 #include "scratch.h"
 
 namespace blockllm {
 
-// Inputs per pass: so that a panel's run stays in the first-level cache.
-constexpr int64_t kRun = 256;
 // Rows per task, and up to how many are not divided.
 constexpr int64_t kChunk = 48;
 constexpr int64_t kOneChunk = 96;
@@ -23,6 +22,7 @@ struct Projection {
   bool has_panels, has_tiles;  // among the layers
   const float* plain;          // normalized rows [rows, width]
   const float* const* shrunk;  // of each linear layer
+  float* group_sums = nullptr;  // of the rows, where weights are codes with offsets
 
   Rows chunk(int64_t i) const { return part(call.rows, chunks, i); }
 };
@@ -36,19 +36,6 @@ struct Chunk {
 
 inline bool in_tiles(const LinearCall& linear) {
   return kHasTiles && linear.matrix->storage == Storage::kTiles;
-}
-
-// Widens a run of one panel to float32, which pays where several groups of rows read it.
-template <class T>
-const uint32_t* widen(const typename T::Element* from, int64_t run) {
-  float* wide = scratch<kWidened>(kRun * kPanel);
-  for (int64_t k = 0; k < run; ++k) {
-    Vec low, high;
-    T::widen(from + k * kPanel, low, high);
-    store(wide + k * kPanel, low);
-    store(wide + k * kPanel + kLanes, high);
-  }
-  return reinterpret_cast<const uint32_t*>(wide);
 }
 
 // What to fetch meanwhile of the slot-th segment of the layer's patch, or `none`.
@@ -110,15 +97,35 @@ void multiply(const Projection& p, const LinearCall& linear, const Rows& panels,
   }
 }
 
+// What `multiply` gives, of a matrix of codes.
+inline void multiply_codes(const Projection& p, const LinearCall& linear, const Rows& panels,
+                           const Chunk& chunk, float* sums) {
+  const Rows& rows = chunk.rows;
+  if (p.chunks > 1) fetch_target(linear, panels.first, rows);
+  const GroupedCall call{*linear.matrix, panels,
+                         rows.count,     chunk.packed,
+                         p.group_sums == nullptr ? nullptr : p.group_sums + rows.first, p.call.rows};
+  if (linear.matrix->storage == Storage::kInt8) {
+    multiply_groups<Int8>(call, sums);
+  } else {
+    multiply_groups<Int4>(call, sums);
+  }
+}
+
 // The same of any number of panels, of any storage.
 inline void multiply_panels(const Projection& p, const LinearCall& linear, const Rows& panels,
                             const Chunk& chunk, float* sums) {
   const int64_t rows = chunk.rows.count, tallest = ceil_div(rows, groups_of(rows));
   for (int64_t at = 0; at < panels.count;) {
     const Rows some{panels.first + at, tile_panels(tallest, panels.count - at)};
-    with_storage(linear.matrix->storage, [&](auto type) {
-      multiply<decltype(type)>(p, linear, some, chunk, sums + at * rows * kPanel);
-    });
+    float* to = sums + at * rows * kPanel;
+    if (is_grouped(linear.matrix->storage)) {
+      multiply_codes(p, linear, some, chunk, to);
+    } else {
+      with_storage(linear.matrix->storage, [&](auto type) {
+        multiply<decltype(type)>(p, linear, some, chunk, to);
+      });
+    }
     at += some.count;
   }
 }

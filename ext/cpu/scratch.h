@@ -14,6 +14,7 @@ enum Use {
   kRows,
   kPacked,
   kCut,
+  kGroupSums,
   kShrunk,
   kShrunkStarts,
   kShrinkTasks,

@@ -18,6 +18,24 @@ struct Stream {
   int64_t pace;
 };
 
+// Elements of a panel that one input takes.
+template <class T>
+constexpr int64_t kElements = kPanel;
+
+// Whether elements may be codes, alone or turned into floats.
+template <class T>
+constexpr bool kMayBeCodes = false;
+template <>
+constexpr bool kMayBeCodes<Float32> = true;
+
+// How sums over one group of codes become sums over the weights that they stand for (grouped.h):
+// y += scale * sum (+ offset * the sum of the row's inputs).
+struct Group {
+  const uint16_t* scales = nullptr;  // bfloat16 [kPanel]; null: these are no codes
+  int64_t stride = 0;                // from a panel's scales to the next one's
+  const float* row_sums = nullptr;   // [M], where there are offsets: behind the scales
+};
+
 // What a tile reads and writes: `a` is [run][M], panels lie `panel_stride` elements apart, their
 // sums `sums_stride` floats. A tile of several panels fetches its own memory instead of the
 // streams.
@@ -30,19 +48,46 @@ struct TileCall {
   int64_t sums_stride;
   bool first;  // sums begin at zero
   Stream soon, later;
+  Group group = {};
 };
+
+// Adds the sums over a group of codes to those of the weights.
+template <int M, int P>
+void add_group(const Group& group, const Vec (&low)[P][M], const Vec (&high)[P][M], float* sums,
+               int64_t stride, bool first) {
+  for (int p = 0; p < P; ++p) {
+    const uint16_t* scales = group.scales + p * group.stride;
+    const Vec scale_low = bfloat_to_float(scales);
+    const Vec scale_high = bfloat_to_float(scales + kLanes);
+#pragma GCC unroll 12
+    for (int i = 0; i < M; ++i) {
+      float* to = sums + p * stride + i * kPanel;
+      Vec y_low = fma(scale_low, low[p][i], first ? zero() : load(to));
+      Vec y_high = fma(scale_high, high[p][i], first ? zero() : load(to + kLanes));
+      if (group.row_sums != nullptr) {
+        const Vec x = fill(group.row_sums[i]);
+        y_low = fma(x, bfloat_to_float(scales + kPanel), y_low);
+        y_high = fma(x, bfloat_to_float(scales + kPanel + kLanes), y_high);
+      }
+      store(to, y_low);
+      store(to + kLanes, y_high);
+    }
+  }
+}
 
 // sums[p][i][kPanel] (+)= a[k][i] * weights[p][k][kPanel] for k < run.
 template <class T, int M, int P>
 void multiply_tile(const TileCall<typename T::Element>& c) {
   Vec low[P][M], high[P][M];
+  const bool codes = kMayBeCodes<T> && c.group.scales != nullptr;
+  const bool anew = c.first || codes;
 #pragma GCC unroll 4
   for (int p = 0; p < P; ++p) {
 #pragma GCC unroll 12
     for (int i = 0; i < M; ++i) {
       const float* from = c.sums + p * c.sums_stride + i * kPanel;
-      low[p][i] = c.first ? zero() : load(from);
-      high[p][i] = c.first ? zero() : load(from + kLanes);
+      low[p][i] = anew ? zero() : load(from);
+      high[p][i] = anew ? zero() : load(from + kLanes);
     }
   }
   const float* a = c.a;
@@ -64,7 +109,7 @@ void multiply_tile(const TileCall<typename T::Element>& c) {
     Vec w_low[P], w_high[P];
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) T::widen(weights + p * c.panel_stride, w_low[p], w_high[p]);
-    weights += kPanel;
+    weights += kElements<T>;
 #pragma GCC unroll 12
     for (int i = 0; i < M; ++i) {
       const Vec x = fill(a[i]);
@@ -75,6 +120,9 @@ void multiply_tile(const TileCall<typename T::Element>& c) {
       }
     }
     a += M;
+  }
+  if constexpr (kMayBeCodes<T>) {
+    if (codes) return add_group<M, P>(c.group, low, high, c.sums, c.sums_stride, c.first);
   }
 #pragma GCC unroll 4
   for (int p = 0; p < P; ++p) {

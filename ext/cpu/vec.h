@@ -51,6 +51,17 @@ inline void bfloat_pairs(const uint32_t* p, Vec& low, Vec& high) {
   high =
       _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
 }
+inline Vec bytes_to_float(const uint8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+}
+// kLanes bytes, each of two numbers of 4 bits: the low halves and the high halves as floats.
+inline void nibble_pairs(const uint8_t* p, Vec& low, Vec& high) {
+  const __m512i words =
+      _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  low = _mm512_cvtepi32_ps(_mm512_and_si512(words, _mm512_set1_epi32(15)));
+  high = _mm512_cvtepi32_ps(_mm512_srli_epi32(words, 4));
+}
 inline __m256 fold(Vec a) {
   return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
 }
@@ -101,6 +112,16 @@ inline void bfloat_pairs(const uint32_t* p, Vec& low, Vec& high) {
   low = _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
   high =
       _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
+}
+inline Vec bytes_to_float(const uint8_t* p) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+}
+inline void nibble_pairs(const uint8_t* p, Vec& low, Vec& high) {
+  const __m256i words =
+      _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  low = _mm256_cvtepi32_ps(_mm256_and_si256(words, _mm256_set1_epi32(15)));
+  high = _mm256_cvtepi32_ps(_mm256_srli_epi32(words, 4));
 }
 inline __m256 fold(Vec a) { return a; }
 inline __m256 fold_max(Vec a) { return a; }

@@ -31,6 +31,7 @@ from ext.ops import (
     Place,
     RowGain,
 )
+from ext.quantize import Quantized
 
 # Triton's kernels take what a launch gives them; their signatures say nothing of it.
 _low_rank: Any = lora
@@ -91,6 +92,10 @@ class CudaOps:
     def matrix(self, weight: Tensor, *, transposed: bool = False) -> CudaMatrix:
         weight = weight.t() if transposed else weight
         return CudaMatrix(weight.to(self.device, copy=True).contiguous())
+
+    def coded(self, weight: Quantized) -> CudaMatrix:
+        """Right, but in the memory of float32: no kernel here reads codes."""
+        return self.matrix(weight.dense())
 
     def vector(self, weight: Tensor) -> Tensor:
         return weight.to(self.device, torch.float32, copy=True).contiguous()

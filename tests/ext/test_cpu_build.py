@@ -131,7 +131,7 @@ def test_runs_clean_under_the_sanitizers(isa: build.Isa) -> None:
     }
     tests = [
         str(Path(__file__).with_name(f"test_cpu_{kind}.py"))
-        for kind in ("linear", "attachments", "attention", "elements")
+        for kind in ("linear", "codes", "attachments", "attention", "elements")
     ]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", f"{isa} and not resident", *tests]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
