@@ -43,6 +43,8 @@ class Loaders(Protocol):
 
     def matrix(self, digest: ObjectDigest, transposed: bool) -> Matrix: ...
 
+    def weight(self, name: str, digest: ObjectDigest, transposed: bool) -> Matrix: ...
+
     def vector(self, digest: ObjectDigest, offset: float) -> Tensor: ...
 
     def factor(self, digest: ObjectDigest) -> Tensor: ...
@@ -232,9 +234,9 @@ def build_unit(unit: Unit, loaders: Loaders) -> ResidentUnit:
     builder = _Builder(unit, loaders)
     match unit.spec:
         case EmbedSpec() as spec:
-            positions = builder.matrix("positions.weight") if builder.has("positions") else None
+            positions = builder.table("positions.weight") if builder.has("positions") else None
             return EmbedUnit(
-                builder.matrix("tokens.weight"), positions, spec.scale, spec.position_offset
+                builder.table("tokens.weight"), positions, spec.scale, spec.position_offset
             )
         case AttentionSpec() as spec:
             return _attention(builder, spec)
@@ -301,13 +303,13 @@ class _Builder:
     def has(self, role: str) -> bool:
         return f"{role}.weight" in self._tensors
 
-    def matrix(self, name: str, transposed: bool = False) -> Matrix:
-        return self.loaders.matrix(self._tensors[name], transposed)
+    def table(self, name: str) -> Matrix:
+        return self.loaders.matrix(self._tensors[name], False)
 
     def linear(self, role: str, transposed: bool) -> Linear:
-        bias = self._tensors.get(f"{role}.bias")
+        name, bias = f"{role}.weight", self._tensors.get(f"{role}.bias")
         return Linear(
-            self.matrix(f"{role}.weight", transposed),
+            self.loaders.weight(name, self._tensors[name], transposed),
             None if bias is None else self.loaders.vector(bias, 0.0),
         )
 

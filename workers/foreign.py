@@ -34,7 +34,7 @@ class Weights(Protocol):
     @property
     def ops(self) -> Ops: ...
 
-    def matrix(self, digest: ObjectDigest, transposed: bool) -> Matrix: ...
+    def weight(self, name: str, digest: ObjectDigest, transposed: bool) -> Matrix: ...
 
     def vector(self, digest: ObjectDigest, offset: float) -> Tensor: ...
 
@@ -152,7 +152,7 @@ def build_foreign(unit: Unit, spec: ForeignSpec, weights: Weights) -> ForeignUni
     for path in spec.linears:
         bias = unit.tensors.get(f"{path}.bias")
         linears[path] = Linear(
-            weights.matrix(unit.tensors[f"{path}.weight"], False),
+            weights.weight(f"{path}.weight", unit.tensors[f"{path}.weight"], False),
             None if bias is None else weights.vector(bias, 0.0),
         )
         put(layer, path, _Packed(path, linears[path]))

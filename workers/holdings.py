@@ -3,19 +3,21 @@
 Whoever loads chains owns one and uses it from one thread at a time: `workers.residency` in a
 worker, `workers.offline` for measurements."""
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import psutil
 
 from ext.ops import Ops
 from workers.chains import UnservableChain
+from workers.wire import Precision
 from zoo.manifest import ObjectDigest
 
 # A unit, an attachment, or a tensor in the kernels' form; with its bytes and the keys of its parts.
 Resident: TypeAlias = Any
 Made = tuple[Resident, int, list[Hashable]]
+Kind = TypeVar("Kind")
 
 
 class NoRoom(UnservableChain):
@@ -37,10 +39,12 @@ class _Held:
 
 
 class Holdings:
-    """Weights on one device in the form of `ops`, up to `limit_bytes` (0: no limit)."""
+    """Weights on one device in the form of `ops`, up to `limit_bytes` (0: no limit); those of
+    linear layers are kept in `precision`."""
 
-    def __init__(self, ops: Ops, limit_bytes: int = 0) -> None:
+    def __init__(self, ops: Ops, limit_bytes: int = 0, precision: Precision = "exact") -> None:
         self.ops = ops
+        self.precision: Precision = precision
         self._limit = limit_bytes
         self._held: dict[Hashable, _Held] = {}
         self.resident_bytes = 0
@@ -67,14 +71,21 @@ class Holdings:
 
     def bytes_of(self, keys: list[Hashable]) -> int:
         """Bytes of the distinct things under `keys`, parts included."""
-        seen: dict[Hashable, int] = {}
+        return sum(held.nbytes for held in self._under(keys))
+
+    def all_of(self, keys: list[Hashable], kind: type[Kind]) -> list[Kind]:
+        """The distinct things of a kind under `keys`, parts included."""
+        return [held.value for held in self._under(keys) if isinstance(held.value, kind)]
+
+    def _under(self, keys: list[Hashable]) -> Collection[_Held]:
+        seen: dict[Hashable, _Held] = {}
         todo = list(keys)
         while todo:
             key = todo.pop()
             if key not in seen:
-                seen[key] = self._held[key].nbytes
+                seen[key] = self._held[key]
                 todo.extend(self._held[key].parts)
-        return sum(seen.values())
+        return seen.values()
 
     def freed_by(self, keys: list[Hashable]) -> int:
         """Bytes that releasing `keys` would free."""

@@ -4,21 +4,23 @@ Tensors are shared by digest whatever unit they stand in; units and attachments 
 own digests on top of that. The chain need not be in any catalog: manifests are given, and only
 their objects are read from the zoo."""
 
+import math
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ext.ops import Matrix, Opaque, Ops
+from ext.quantize import Bits, coded_bytes, quantize
 from workers.block import HeadUnit, ResidentUnit, build_unit
 from workers.chains import ServedChain, UnservableChain, describe
 from workers.holdings import Holdings, Made, Resident
 from workers.packer import Packer
 from workers.pieces import HeadRows, ResidentAttachment, build_attachment
 from workers.weights import Weights, dtype_of
-from workers.wire import ChainId
+from workers.wire import ChainId, Precision
 from zoo.manifest import (
     Attachment,
     AttachmentDigest,
@@ -32,11 +34,14 @@ from zoo.manifest import (
 from zoo.packed import Form
 from zoo.store import ObjectInfo
 
+# Tensors of two axes that are looked up in, not multiplied by.
+_TABLES = ("tokens.weight", "positions.weight")
+
 
 @dataclass(frozen=True, slots=True)
 class LoadedChain:
     """A chain that is resident: its layout and, per unit, weights, attachment and bytes. `keys` are
-    what it holds, to be released when it goes."""
+    what it holds, to be released when it goes. `weight_error` is that of `wire.Loaded`."""
 
     chain: ServedChain
     units: tuple[ResidentUnit, ...]
@@ -46,6 +51,16 @@ class LoadedChain:
     chain_bytes: int
     seconds: float
     keys: list[Hashable]
+    weight_error: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Coded:
+    """A linear layer's weight in codes; the sums of squares of what was lost and of all of it."""
+
+    matrix: Matrix
+    lost: float
+    norm: float
 
 
 def load(
@@ -60,7 +75,7 @@ def load(
     began, before = time.perf_counter(), holdings.resident_bytes
     layout = describe(chain, manifests)
     infos = _infos(weights, manifests, holdings)
-    holdings.check_room({digest: info.nbytes for digest, info in infos.items()})
+    holdings.check_room(_sizes(infos, manifests, holdings.precision))
     loading = _Loading(holdings, weights, infos, layout.context, packer)
     try:
         units = tuple(loading.unit(digest, unit) for digest, unit in manifests.units)
@@ -85,6 +100,7 @@ def load(
         chain_bytes=holdings.bytes_of(loading.used),
         seconds=time.perf_counter() - began,
         keys=loading.used,
+        weight_error=_error(holdings.all_of(loading.used, _Coded)),
     )
 
 
@@ -107,6 +123,33 @@ def _infos(
     digests = {d for key, unit in manifests.units if key not in held for d in unit.tensors.values()}
     digests |= {d for a in manifests.attachments if a for d in objects_of(a[1])}
     return {digest: weights.info(digest) for digest in digests - held}
+
+
+def _sizes(
+    infos: Mapping[ObjectDigest, ObjectInfo], manifests: Manifests, precision: Precision
+) -> dict[ObjectDigest, int]:
+    """Bytes that every tensor of a chain in `infos` takes in memory."""
+    sizes = {digest: info.nbytes for digest, info in infos.items()}
+    if precision == "exact":
+        return sizes
+    tables = {u.tensors[n] for _, u in manifests.units for n in _TABLES if n in u.tensors}
+    for _, unit in manifests.units:
+        for name, digest in unit.tensors.items():
+            if digest in infos and len(infos[digest].shape) == 2 and name not in _TABLES:
+                coded = coded_bytes(infos[digest].shape, _bits(precision, name))
+                # A tied table is kept as it is, too: tokens are looked up in it.
+                sizes[digest] = coded + (infos[digest].nbytes if digest in tables else 0)
+    return sizes
+
+
+def _bits(precision: Bits, name: str) -> Bits:
+    """The head is what a few bits harm most: it keeps 8."""
+    return "int8" if name == "head.weight" else precision
+
+
+def _error(coded: Sequence[_Coded]) -> float:
+    norm = sum(one.norm for one in coded)
+    return math.sqrt(sum(one.lost for one in coded) / norm) if norm else 0.0
 
 
 def _vocabulary(head: ResidentUnit, attachment: ResidentAttachment | None) -> int:
@@ -201,6 +244,21 @@ class _Loading:
             return self.ops.matrix(self.tensor(form.digest), transposed=form.turned)
         out, width = reversed(info.shape) if form.turned else info.shape
         return self._packer.matrix(form, (out, width), dtype, lambda: self.tensor(form.digest))
+
+    def weight(self, name: str, digest: ObjectDigest, transposed: bool) -> Matrix:
+        """A linear layer's weight, which its unit calls `name`: in codes, if they are wanted."""
+        precision = self._holdings.precision
+        if precision == "exact":
+            return self.matrix(digest, transposed)
+        bits = _bits(precision, name)
+
+        def make() -> Made:
+            tensor = self.tensor(digest)
+            coded = quantize(tensor.t() if transposed else tensor, bits)
+            matrix = self.ops.coded(coded)
+            return _Coded(matrix, coded.lost, coded.norm), matrix.nbytes, []
+
+        return self._part(("codes", digest, transposed, bits), make).matrix
 
     def vector(self, digest: ObjectDigest, offset: float) -> Tensor:
         """A norm weight (plus its family's offset), a bias or a gain."""

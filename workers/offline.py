@@ -26,7 +26,7 @@ from workers.prefix import PrefixCache
 from workers.requests import Request, Requests, Span, laid_out
 from workers.runner import Runner
 from workers.weights import StoredWeights
-from workers.wire import ChainId, KvDtype, RequestId, Sampling
+from workers.wire import ChainId, KvDtype, Precision, RequestId, Sampling
 from zoo.manifest import Manifests, Unit, UnitDigest
 from zoo.store import Store
 
@@ -82,10 +82,11 @@ class Offline:
         threads: int = 0,
         kv_bytes: int = 1 << 30,
         kv_dtype: KvDtype = "float32",
+        weights: Precision = "exact",
     ) -> None:
         self._ops: Ops = select_ops("cpu", ops, threads)
         self._weights = StoredWeights(Store(root))
-        self._holdings = Holdings(self._ops)
+        self._holdings = Holdings(self._ops, precision=weights)
         self._packer = packer_for(self._ops)
         self._memory = KvMemory(
             Arena(kv_bytes), page=_PAGE, dtype=kv_dtype, max_sequences=_MAX_SEQUENCES

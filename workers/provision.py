@@ -123,8 +123,16 @@ class Provision:
         if number in self._parked:
             self._parked.discard(number)
         else:
-            report = (number, loaded.moved_bytes, loaded.chain_bytes, loaded.seconds, longest)
-            self._send(wire.Loaded(*report))
+            self._send(
+                wire.Loaded(
+                    chain=number,
+                    moved_bytes=loaded.moved_bytes,
+                    chain_bytes=loaded.chain_bytes,
+                    seconds=loaded.seconds,
+                    max_tokens=longest,
+                    weight_error=loaded.weight_error,
+                )
+            )
         return list(self._waiting.pop(number, {}).values())
 
     def reject(self, failure: LoadFailure) -> list[Waiting]:

@@ -14,7 +14,7 @@ from workers.holdings import Holdings, NoRoom
 from workers.loading import LoadedChain, load
 from workers.packer import packer_for, step_back
 from workers.weights import LoadFormat, open_weights
-from workers.wire import ChainId, Load
+from workers.wire import ChainId, Load, Precision
 from zoo.catalog import Catalog
 from zoo.errors import ZooError
 from zoo.manifest import ChainDigest, Manifests
@@ -44,14 +44,19 @@ Outcome = LoadedChain | LoadFailure | Eviction
 
 
 class Residency:
-    """Weights on one device, up to `limit_bytes` (0: no limit)."""
+    """Weights on one device, up to `limit_bytes` (0: no limit), kept in `precision`."""
 
     def __init__(
-        self, zoo: Path, ops: Ops, limit_bytes: int, load_format: LoadFormat = "auto"
+        self,
+        zoo: Path,
+        ops: Ops,
+        limit_bytes: int,
+        load_format: LoadFormat = "auto",
+        precision: Precision = "exact",
     ) -> None:
         self._root = zoo
         self._weights = open_weights(zoo, load_format, ops.device)
-        self._holdings = Holdings(ops, limit_bytes)
+        self._holdings = Holdings(ops, limit_bytes, precision)
         self._packer = packer_for(ops, zoo if load_format == "auto" else None)
         self._chains: dict[ChainId, list[Hashable]] = {}
         self._jobs: queue.SimpleQueue[Callable[[], Outcome] | None] = queue.SimpleQueue()

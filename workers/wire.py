@@ -16,6 +16,9 @@ MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 # What the elements of KV pages are. bfloat16 rounds keys and values: half the memory, approximate.
 KvDtype = Literal["float32", "bfloat16"]
 
+# What linear layers are kept in. Codes of 8 and 4 bits take less memory and are approximate.
+Precision = Literal["exact", "int8", "int4"]
+
 RequestId = NewType("RequestId", int)
 ChainId = NewType("ChainId", int)
 
@@ -71,6 +74,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     page: int = 16
     kv_bytes: int = 0
     kv_dtype: KvDtype | Literal["auto"] = "auto"
+    weights: Precision = "exact"
     weight_bytes: int = 0
     max_sequences: int = 256
     max_rows: int = 0
@@ -153,19 +157,22 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello", forbid_un
     page: int
     max_sequences: int
     kv_dtype: KvDtype = "float32"
+    weights: Precision = "exact"
 
 
 class Loaded(
     msgspec.Struct, frozen=True, array_like=True, tag="loaded", forbid_unknown_fields=True
 ):
     """A chain can be served: bytes moved for it now, bytes it uses in all, seconds it took,
-    the longest request in tokens that the pages can hold for it."""
+    the longest request in tokens that the pages can hold for it, and how far its linear layers'
+    weights are off: the norm of the difference over theirs."""
 
     chain: ChainId
     moved_bytes: int
     chain_bytes: int
     seconds: float
     max_tokens: int
+    weight_error: float = 0.0
 
 
 class Evicted(

@@ -64,7 +64,9 @@ class Worker:
         self._requests = Requests(self._memory, self._cache, use_prefixes=config.prefix_cache)
         self._chains = Chains(config.max_rows)
         self._runner = Runner(ops, self._memory, self._requests)
-        self._residency = Residency(Path(config.zoo), ops, config.weight_bytes, config.load_format)
+        self._residency = Residency(
+            Path(config.zoo), ops, config.weight_bytes, config.load_format, config.weights
+        )
         self._provision = Provision(self._chains, self._runner, self._residency, send)
         self._sampler = Sampler(ops.argmax)
         self._opened: dict[wire.RequestId, wire.Open] = {}
@@ -104,6 +106,7 @@ class Worker:
             page=self.config.page,
             max_sequences=self.config.max_sequences,
             kv_dtype=self._memory.dtype,
+            weights=self.config.weights,
         )
 
     def close(self) -> None:
