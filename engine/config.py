@@ -74,6 +74,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     kv_cache_memory_bytes: Annotated[
         Amount, Meta(description="memory of one worker for KV pages; 0: the worker chooses")
     ] = 0
+    weights: Annotated[
+        Literal["exact", "int8", "int4"],
+        Meta(description="what linear layers are kept in; int8, int4: less memory, approximate"),
+    ] = "exact"
     kv_cache_dtype: Annotated[
         Literal["auto", "float32", "bfloat16"],
         Meta(description="what KV pages hold; bfloat16: half the memory, answers are approximate"),

@@ -10,6 +10,10 @@ _NVIDIA = Path("/proc/driver/nvidia/gpus")
 
 def devices(config: Config) -> list[str]:
     """A device for each worker: "cpu", or "cuda:0" and so on. Raises ConfigError."""
+    if config.device == "cuda" and config.weights != "exact":
+        raise ConfigError(
+            f"--weights {config.weights} is for CPU workers: give --device cpu, or leave it away"
+        )
     if config.device != "cuda":
         return ["cpu"] * (1 if config.workers == "auto" else config.workers)
     found = len(list(_NVIDIA.iterdir())) if _NVIDIA.is_dir() else 0

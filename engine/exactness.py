@@ -8,25 +8,32 @@ from zoo.manifest import Variant
 def approximation_of(variant: Variant, config: Config) -> Approximation | None:
     """What was measured of the variant when it was added, and what the server rounds; None where
     its answers are exact."""
-    measured = variant.measured
-    kv_cache = _kv_cache(config)
+    measured, weights, kv_cache = variant.measured, _weights(config), _kv_cache(config)
     if measured is None:
-        return None if kv_cache is None else Approximation(variant.store, kv_cache=kv_cache)
+        if weights is None and kv_cache is None:
+            return None
+        return Approximation(variant.store, weights=weights, kv_cache=kv_cache)
     return Approximation(
         store=variant.store,
         agreement=measured.agreement.value,
         agreement_low=measured.agreement.low,
         kl=measured.kl.value,
         tokens=measured.tokens,
+        weights=weights,
         kv_cache=kv_cache,
     )
 
 
 def warning(config: Config) -> str:
     """One sentence for who starts such a server; empty where it serves every chain exactly."""
-    if _kv_cache(config) is None:
-        return ""
-    return "answers are approximate: KV pages hold bfloat16, as --kv-cache-dtype asks"
+    weights, kv_cache = _weights(config), _kv_cache(config)
+    reasons = [f"linear layers are kept in {weights} (--weights)"] if weights else []
+    reasons += [f"KV pages hold {kv_cache} (--kv-cache-dtype)"] if kv_cache else []
+    return f"answers are approximate: {' and '.join(reasons)}" if reasons else ""
+
+
+def _weights(config: Config) -> str | None:
+    return None if config.weights == "exact" else config.weights
 
 
 def _kv_cache(config: Config) -> str | None:

@@ -182,6 +182,7 @@ class Fleet:
             kv_bytes=config.kv_cache_memory_bytes,
             kv_dtype=config.kv_cache_dtype,
             weight_bytes=config.weight_memory_bytes,
+            weights=config.weights,
             max_sequences=config.max_num_seqs,
             max_rows=config.max_num_batched_tokens,
             prefix_cache=config.enable_prefix_caching,

@@ -86,6 +86,8 @@ class Provision:
             loaded.moved_bytes / 1e6,
             loaded.chain_bytes / 1e6,
         )
+        if loaded.weight_error:
+            log.info("its weights are off by %.2f %% of their norm", 100 * loaded.weight_error)
 
     def failed(self, worker: str, number: ChainId, reason: str) -> None:
         """A worker cannot hold a chain."""

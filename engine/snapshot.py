@@ -44,6 +44,7 @@ def _worker(worker: Worker) -> dict[str, Any]:
         "page": hello.page,
         "kv_bytes": hello.kv_bytes,
         "kv_dtype": hello.kv_dtype,
+        "weights": hello.weights,
     }
     if status is not None:
         fields = msgspec.structs.asdict(status)
@@ -99,5 +100,6 @@ def _variant(
             "moved_bytes": loaded.moved_bytes,
             "load_seconds": loaded.seconds,
             "max_tokens": loaded.max_tokens,
+            "weight_error": loaded.weight_error,
         }
     return shown

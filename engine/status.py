@@ -69,7 +69,7 @@ def _workers(workers: list[dict[str, Any]]) -> Table:
             str(worker.get("waiting", 0)),
             f"{worker.get('kv_usage', 0):.0%} of {worker.get('total_pages', 0)} pages"
             f" of {worker['kv_dtype']}",
-            _megabytes(worker.get("resident_bytes")),
+            f"{_megabytes(worker.get('resident_bytes'))} {worker['weights']}".strip(),
             _megabytes(worker.get("rss_bytes")),
             str(worker.get("steps", 0)),
         )

@@ -182,6 +182,7 @@ class FakeWorker:
             weight_bytes=1 << 20,
             page=config.page,
             max_sequences=config.max_sequences,
+            weights=config.weights,
             kv_dtype="float32" if config.kv_dtype == "auto" else config.kv_dtype,
         )
 

@@ -57,6 +57,7 @@ def test_switches_can_be_turned_off() -> None:
         (["--max-num-seqs", "0"], {}, "--max-num-seqs"),
         (["--device", "tpu"], {}, "write one of auto, cpu, cuda"),
         (["--kv-cache-dtype", "fp8"], {}, "write one of auto, float32, bfloat16"),
+        (["--weights", "int2"], {}, "write one of exact, int8, int4"),
         (["--workers", "-1"], {}, "--workers"),
         (["--http", "8000"], {}, "write HOST:PORT"),
         (["--http", "127.0.0.1:99999"], {}, "write HOST:PORT"),
@@ -110,6 +111,12 @@ def test_slips_in_variable_names_are_found() -> None:
 def test_addresses(text: str, host: str, port: int) -> None:
     assert parse_address(text) == (host, port)
     assert is_loopback(host)
+
+
+def test_codes_are_for_cpu_workers() -> None:
+    assert devices(Config(weights="int8", device="cpu")) == ["cpu"]
+    with pytest.raises(ConfigError, match="--weights int8 is for CPU workers"):
+        devices(Config(weights="int8", device="cuda"))
 
 
 def test_http_can_be_left_out() -> None:

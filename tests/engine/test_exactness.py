@@ -35,6 +35,12 @@ DELTA = Approximation("delta", 0.97, 0.95, 0.02, 100)
         ({"kv_cache_dtype": "float32"}, {}, None),
         ({}, {"store": "delta", "measured": MEASURED}, DELTA),
         ({"kv_cache_dtype": "bfloat16"}, {}, Approximation("exact", kv_cache="bfloat16")),
+        ({"weights": "int8"}, {}, Approximation("exact", weights="int8")),
+        (
+            {"weights": "int4", "kv_cache_dtype": "bfloat16"},
+            {},
+            Approximation("exact", weights="int4", kv_cache="bfloat16"),
+        ),
         (
             {"kv_cache_dtype": "bfloat16"},
             {"store": "delta", "measured": MEASURED},
@@ -47,10 +53,12 @@ def test_what_is_told_of_a_variant(
 ) -> None:
     config = Config(**settings)
     assert approximation_of(rig.variant_of(zoo, "v", **changes), config) == told
-    assert bool(warning(config)) == (told is not None and told.kv_cache is not None)
+    rounds = [] if told is None else [word for word in (told.weights, told.kv_cache) if word]
+    assert bool(warning(config)) == bool(rounds)
+    assert all(word in warning(config) for word in rounds)
 
 
-@pytest.mark.parametrize("settings", [{}, {"kv_cache_dtype": "bfloat16"}])
+@pytest.mark.parametrize("settings", [{}, {"kv_cache_dtype": "bfloat16"}, {"weights": "int4"}])
 def test_answers_models_and_status_say_how_the_server_rounds(
     zoo: Path, settings: dict[str, Any]
 ) -> None:
@@ -59,14 +67,20 @@ def test_answers_models_and_status_say_how_the_server_rounds(
             answer = await client.complete("base", [65], max_tokens=2)
             (model,) = await client.models()
             status = await client.status()
-        rounds = Approximation("exact", kv_cache="bfloat16") if settings else None
+        dtype = settings.get("kv_cache_dtype")
+        weights = settings.get("weights")
+        rounds = Approximation("exact", weights=weights, kv_cache=dtype) if settings else None
         assert answer.approximation == model.approximation == rounds
-        dtype = settings.get("kv_cache_dtype", "float32")
-        assert status["workers"][0]["kv_dtype"] == dtype
-        kept = {"store": "exact", "kv_cache": dtype} if settings else None
-        assert status["variants"][0].get("approximation") == kept
+        worker, variant = status["workers"][0], status["variants"][0]
+        assert worker["kv_dtype"] == (dtype or "float32")
+        assert worker["weights"] == (weights or "exact")
+        kept = {"weights": weights, "kv_cache": dtype}
+        kept = {name: value for name, value in kept.items() if value}
+        assert variant.get("approximation") == ({"store": "exact"} | kept if settings else None)
         shown = Console(width=200, record=True, file=io.StringIO())
         shown.print(render(status))
-        assert f"pages of {dtype}" in shown.export_text()
+        text = shown.export_text()
+        assert f"pages of {dtype or 'float32'}" in text
+        assert f"{weights or 'exact'}" in text
 
     rig.run(test())
