@@ -35,6 +35,7 @@ from bench.scenarios import (
     peers,
     prefix,
     profile,
+    quantized,
     replay,
     soak,
     start,
@@ -65,6 +66,7 @@ SCENARIOS: Mapping[str, Scenario] = {
     "kinds": kinds.run,
     "codecs": codecs.run,
     "derived": derived.run,
+    "quantized": quantized.run,
     "peers": peers.run,
     "gpu": gpu.run,
     "gpu-libraries": gpu_libraries.run,
@@ -80,6 +82,7 @@ _LONG = {
     "stores",
     "codecs",
     "derived",
+    "quantized",
     "peers",
     *_BASELESS,
 }
