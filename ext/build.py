@@ -44,6 +44,7 @@ CPU_FEATURES: dict[Isa, frozenset[str]] = {
     isa: frozenset(flag.removeprefix("-m").replace("-", "_") for flag in flags)
     for isa, flags in ISA_FLAGS.items()
 }
+_BEST_FIRST: tuple[Isa, ...] = ("amx", "avx512", "avx2")
 # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA): Linux lends a process AMX's registers when it
 # asks for them.
 _ASK_FOR_TILES = (158, 0x1023, 18)
@@ -62,8 +63,10 @@ def supported() -> tuple[Isa, ...]:
     except OSError:
         return ()
     flags = {word for line in lines if line.startswith("flags") for word in line.split()}
-    found = (isa for isa in ("amx", "avx512", "avx2") if flags >= CPU_FEATURES[isa])
-    return tuple(isa for isa in found if isa != "amx" or _has_tiles())
+    found: list[Isa] = [isa for isa in _BEST_FIRST if flags >= CPU_FEATURES[isa]]
+    if "amx" in found and not _has_tiles():
+        found.remove("amx")
+    return tuple(found)
 
 
 def _has_tiles() -> bool:

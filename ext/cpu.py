@@ -81,7 +81,7 @@ class CpuOps:
         return self.packing.matrix(weight.t() if transposed else weight)
 
     def coded(self, weight: Quantized) -> CpuMatrix:
-        return self._packing.coded(weight)
+        return self.packing.coded(weight)
 
     def vector(self, weight: Tensor) -> Tensor:
         return weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)

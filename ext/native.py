@@ -86,7 +86,7 @@ def load(isa: Isa | str) -> tuple[Isa, ctypes.CDLL]:
     found = supported()
     if not found:
         raise Unavailable(NO_MACHINE)
-    wanted = [name for name in found if isa in (name, "auto")]
+    wanted: list[Isa] = [name for name in found if isa in (name, "auto")]
     if not wanted:
         raise Unavailable(f"this machine does not run {isa} kernels, only {' and '.join(found)}")
     for name in wanted[:-1]:

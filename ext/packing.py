@@ -1,9 +1,9 @@
 """Weights as the native CPU kernels read them: packed into panels, or kept in rows.
 
 Panels are described in ext/cpu/panel.h, AMX's tiles in ext/cpu/amx.h, panels of codes in
-ext/cpu/grouped.h. Nothing is lost here: elements keep their stored 2 or 4 bytes, codes their bits. A
-matrix is packed by the thread that asks: whoever has several to pack asks from several threads, and
-never takes a turn of the pool that a step runs on.
+ext/cpu/grouped.h. Nothing is lost here: elements keep their stored 2 or 4 bytes, codes their bits.
+A matrix is packed by the thread that asks: whoever has several to pack asks from several threads,
+and never takes a turn of the pool that a step runs on.
 """
 
 import ctypes
