@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ext.cuda.patches import Prepared, Round, Slots, prepare_patch
+from ext.cuda.patches import Prepared, Round, Slots, prepared
 from ext.cuda.plan import CudaPlan, Layout, StaticPlan
 from ext.ops import Geometry, Patch
 
@@ -67,14 +67,14 @@ class Graphs:
             return False
         _, layers, used = geometry.tables.shape
         pages = max(_FEWEST_PAGES, 1 << (used - 1).bit_length())
-        prepared = [None if p is None else self._prepared(p, rows) for p in patches]
-        forms = tuple(_form(p) for p in prepared)
+        laid_out = [None if p is None else prepared(p, rows, self._device) for p in patches]
+        forms = tuple(_form(p) for p in laid_out)
         key = (units, bucket, layers, pages, scratch, forms)
         captured = self._kept.get(key)
         if captured is None:
             layout = Layout(bucket, bucket, bucket, layers, pages)
             captured = self._blank(x.shape[1], layout, scratch, forms)
-        _load(captured, x, geometry, patches, prepared)
+        _load(captured, x, geometry, patches, laid_out)
         if key in self._kept:
             self._kept.move_to_end(key)
             captured.replay()
@@ -87,11 +87,6 @@ class Graphs:
                 self._kept.popitem(last=False)
         x.copy_(captured.x[:rows])
         return True
-
-    def _prepared(self, patch: Patch, rows: int) -> Prepared:
-        if patch.prepared is None:
-            patch.prepared = prepare_patch(patch, rows, self._device)
-        return patch.prepared
 
     def _blank(
         self, hidden: int, layout: Layout, scratch: int, forms: tuple[Form, ...]
@@ -118,7 +113,7 @@ def _load(
     x: Tensor,
     geometry: Geometry,
     patches: Sequence[Patch | None],
-    prepared: Sequence[Prepared | None],
+    laid_out: Sequence[Prepared | None],
 ) -> None:
     """Put a batch where the captured step reads it."""
     captured.x.zero_()
@@ -132,7 +127,7 @@ def _load(
     cleared: list[Tensor] = []
     targets: list[Tensor] = []
     sources: list[Tensor] = []
-    for fixed, source in zip(captured.patches, prepared, strict=True):
+    for fixed, source in zip(captured.patches, laid_out, strict=True):
         if fixed is None or source is None:
             continue
         for whole, part in _pairs(fixed.prepared, source):
@@ -164,11 +159,11 @@ def _pairs(fixed: Prepared, source: Prepared) -> list[tuple[Tensor, Tensor]]:
     return pairs
 
 
-def _form(prepared: Prepared | None) -> Form:
-    if prepared is None:
+def _form(patch: Prepared | None) -> Form:
+    if patch is None:
         return None
-    rounds = tuple((part.rank, part.dtype) for part in prepared.rounds)
-    return rounds, prepared.slots is not None
+    rounds = tuple((part.rank, part.dtype) for part in patch.rounds)
+    return rounds, patch.slots is not None
 
 
 def _blank_patch(

@@ -45,8 +45,14 @@ class Prepared:
     keeps: tuple[object, ...]
 
 
-def prepare_patch(patch: Patch, rows: int, device: torch.device) -> Prepared:
-    """Lay a patch out for `rows` rows."""
+def prepared(patch: Patch, rows: int, device: torch.device) -> Prepared:
+    """A patch laid out for `rows` rows: made once and kept in the patch."""
+    if patch.prepared is None:
+        patch.prepared = _prepare(patch, rows, device)
+    return patch.prepared
+
+
+def _prepare(patch: Patch, rows: int, device: torch.device) -> Prepared:
     groups: list[list[LoraSegment]] = []
     for segment in sorted(patch.segments, key=lambda s: s.first):
         for group in groups:
@@ -62,9 +68,10 @@ def prepare_patch(patch: Patch, rows: int, device: torch.device) -> Prepared:
     )
 
 
-def prepare_norm(norm: Norm, rows: int, device: torch.device) -> Slots:
-    """The rows of a norm that have weights of their own."""
-    return _slots([(n.first, n.last, n.weight, n.bias) for n in norm.rows], rows, device)
+def prepare_norm(norm: Norm, rows: int, each: int, device: torch.device) -> Slots:
+    """Which of `rows` have weights of their own, where a row of the batch is `each` of them."""
+    runs = [(n.first * each, n.last * each, n.weight, n.bias) for n in norm.rows]
+    return _slots(runs, rows, device)
 
 
 def _round(segments: Sequence[LoraSegment], device: torch.device) -> Round:

@@ -60,7 +60,6 @@ class Peer:
             message = self.hear()
             if isinstance(message, dict):
                 slot, sequence = message["credit"]
-                self.outlet.credited(slot)
                 self.going.credit(slot, sequence)
                 continue
             slot, sequence, shape = message
