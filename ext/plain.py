@@ -3,8 +3,10 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -58,6 +60,13 @@ class PlainOps(ABC):
     @abstractmethod
     def activate(self, gate: Tensor | None, up: Tensor, kind: Activation) -> Tensor: ...
 
+    def loading(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.default_stream(self.device).synchronize()
+
     def vector(self, weight: Tensor) -> Tensor:
         return weight.to(self.device, torch.float32, copy=True).contiguous()
 
@@ -66,6 +75,9 @@ class PlainOps(ABC):
 
     def memory(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+
+    def indices(self, rows: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(rows, dtype=np.int64)).to(self.device)
 
     def project_gated(
         self,
@@ -87,3 +99,7 @@ class PlainOps(ABC):
             (inner,) = self.project(z[d.first : d.last], None, (d.down,), (None,))
             (out,) = self.project(CURVES[d.activation](inner), None, (d.up,), (None,))
             x[d.first : d.last] += out * d.scale
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        # On every device torch takes the first of equals.
+        return logits.argmax(dim=1)

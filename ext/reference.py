@@ -174,9 +174,6 @@ class TorchOps(PlainOps):
     def add_norm(self, x: Tensor, y: Tensor, norm: Norm) -> None:
         x += normalize(y, norm)
 
-    def argmax(self, logits: Tensor) -> Tensor:
-        return logits.argmax(dim=1)
-
 
 def normalize(x: Tensor, norm: Norm) -> Tensor:
     """RMS or layer norm over the last axis, float32."""

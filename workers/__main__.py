@@ -16,6 +16,7 @@ import psutil
 import torch
 import zmq
 
+from ext.build import Unavailable
 from ext.select import select_ops
 from workers import wire
 from workers.worker import Worker
@@ -39,7 +40,11 @@ def main(argument: str) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.setswitchinterval(_SWITCH_S)
     torch.set_num_threads(config.threads)
-    ops = select_ops(config.device, config.ops, config.threads)
+    try:
+        ops = select_ops(config.device, config.ops, config.threads)
+    except Unavailable as error:
+        _log.error("%s", error)
+        return 1
     context = zmq.Context()
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.IDENTITY, config.name.encode())

@@ -6,14 +6,14 @@ their objects are read from the zoo."""
 
 import time
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ext.ops import Matrix, Opaque, Ops
 from workers.block import HeadUnit, ResidentUnit, build_unit
-from workers.chains import ServedChain, UnservableChain, describe
+from workers.chains import KvElement, ServedChain, UnservableChain, describe
 from workers.holdings import Holdings, Made, Resident
 from workers.packer import Packer
 from workers.pieces import HeadRows, ResidentAttachment, build_attachment
@@ -27,10 +27,13 @@ from zoo.manifest import (
     Rope,
     Unit,
     UnitDigest,
+    attention_of,
     objects_of,
 )
 from zoo.packed import Form
 from zoo.store import ObjectInfo
+
+_ELEMENTS: dict[str, KvElement] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,7 @@ def load(
     UnservableChain, OSError, MemoryError) leaves nothing behind."""
     began, before = time.perf_counter(), holdings.resident_bytes
     layout = describe(chain, manifests)
+    layout.kv = replace(layout.kv, element=_kv_element(holdings.ops, weights, manifests))
     infos = _infos(weights, manifests, holdings)
     holdings.check_room({digest: info.nbytes for digest, info in infos.items()})
     loading = _Loading(holdings, weights, infos, layout.context, packer)
@@ -107,6 +111,17 @@ def _infos(
     digests = {d for key, unit in manifests.units if key not in held for d in unit.tensors.values()}
     digests |= {d for a in manifests.attachments if a for d in objects_of(a[1])}
     return {digest: weights.info(digest) for digest in digests - held}
+
+
+def _kv_element(ops: Ops, weights: Weights, manifests: Manifests) -> KvElement:
+    """What a chain's pages hold: on CUDA the precision of its weights, those of the first layer
+    with attention, so that chains which share pages agree; else float32."""
+    if ops.name != "cuda":
+        return "float32"
+    units = (unit for _, unit in manifests.units if attention_of(unit.spec) is not None)
+    tensors = next(units).tensors
+    stored = (weights.info(tensors[role]) for role in sorted(tensors))
+    return _ELEMENTS.get(next(info.dtype for info in stored if len(info.shape) == 2), "float32")
 
 
 def _vocabulary(head: ResidentUnit, attachment: ResidentAttachment | None) -> int:

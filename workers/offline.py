@@ -81,9 +81,7 @@ class Offline:
         self._weights = StoredWeights(Store(root))
         self._holdings = Holdings(self._ops)
         self._packer = packer_for(self._ops)
-        self._memory = KvMemory(
-            Arena(kv_bytes), page=_PAGE, element_bytes=4, max_sequences=_MAX_SEQUENCES
-        )
+        self._memory = KvMemory(Arena(kv_bytes), page=_PAGE, max_sequences=_MAX_SEQUENCES)
         self._requests = Requests(self._memory, PrefixCache(), use_prefixes=False)
         self._chains = Chains(_MAX_ROWS)
         self._runner = Runner(self._ops, self._memory, self._requests)

@@ -51,6 +51,7 @@ class Residency:
     ) -> None:
         self._root = zoo
         self._weights = open_weights(zoo, load_format, ops.device)
+        self._ops = ops
         self._holdings = Holdings(ops, limit_bytes)
         self._packer = packer_for(ops, zoo if load_format == "auto" else None)
         self._chains: dict[ChainId, list[Hashable]] = {}
@@ -106,8 +107,9 @@ class Residency:
 
     def _load(self, order: Load) -> Outcome:
         try:
-            manifests = self._manifests(order)
-            loaded = load(self._holdings, self._weights, order.chain, manifests, self._packer)
+            with self._ops.loading():
+                manifests = self._manifests(order)
+                loaded = load(self._holdings, self._weights, order.chain, manifests, self._packer)
         except NoRoom as error:
             freeable = {c: self._holdings.freed_by(keys) for c, keys in self._chains.items()}
             return LoadFailure(order.chain, _failed(error), error.missing, freeable)
@@ -117,6 +119,8 @@ class Residency:
         return loaded
 
     def _evict(self, chain: ChainId, parked: bool) -> Outcome:
+        # Nothing that still runs may read memory that the next load takes.
+        self._ops.synchronize()
         before = self._holdings.resident_bytes
         self._holdings.release(self._chains.pop(chain, []))
         return Eviction(chain, before - self._holdings.resident_bytes, parked)

@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from ext.ops import Ops
+from ext.select import select_replays
 from workers import wire
 from workers.batcher import Group, Step, arrange, decide
 from workers.chains import Chains, ServedChain
@@ -54,13 +55,11 @@ class Worker:
         self._ops = ops
         self._send = send
         arena = Arena(config.kv_bytes)
-        self._memory = KvMemory(
-            arena, page=config.page, element_bytes=4, max_sequences=config.max_sequences
-        )
+        self._memory = KvMemory(arena, page=config.page, max_sequences=config.max_sequences)
         self._cache = PrefixCache()
         self._requests = Requests(self._memory, self._cache, use_prefixes=config.prefix_cache)
         self._chains = Chains(config.max_rows)
-        self._runner = Runner(ops, self._memory, self._requests)
+        self._runner = Runner(ops, self._memory, self._requests, select_replays(ops))
         self._residency = Residency(Path(config.zoo), ops, config.weight_bytes, config.load_format)
         self._provision = Provision(self._chains, self._runner, self._residency, send)
         self._sampler = Sampler(ops.argmax)
@@ -318,6 +317,7 @@ class Worker:
                 "shared_pages": requests.shared_pages,
                 "evicted_pages": self._cache.evicted_pages,
                 "parked_chains": self._provision.parked_times,
+                **self._runner.replays,
             },
             seconds={
                 "ops": self.clock.ops,

@@ -8,6 +8,7 @@ captured as a graph. Under Triton's interpreter the same kernels run on a CPU, f
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,8 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ext.cuda import lora, paged, pointwise
+from ext.cuda.parcel import to_device
 from ext.cuda.patches import Round, Slots, prepare_norm, prepared
-from ext.cuda.plan import CudaPlan, make_plan
+from ext.cuda.plan import CudaPlan
+from ext.cuda.staging import Staging
 from ext.ops import (
     Activation,
     Attention,
@@ -57,12 +60,16 @@ class CudaOps(PlainOps):
 
     def __init__(self, device: str = "cuda") -> None:
         super().__init__(device)
+        self._staging = Staging(self.device) if self.device.type == "cuda" else None
         self._programs = 2 * _multiprocessors(self.device)
         self._norms: OrderedDict[tuple[int, int, int], tuple[Norm, Slots]] = OrderedDict()
 
+    def loading(self) -> AbstractContextManager[None]:
+        return super().loading() if self._staging is None else self._staging.loading()
+
     def matrix(self, weight: Tensor, *, transposed: bool = False) -> DenseMatrix:
-        weight = weight.t() if transposed else weight
-        return DenseMatrix(weight.to(self.device, copy=True).contiguous())
+        data = weight.clone() if self._staging is None else self._staging.copy(weight)
+        return DenseMatrix(data.t().contiguous() if transposed else data.contiguous())
 
     def rotary(
         self, inverse_frequencies: Sequence[float], factor: float, interleaved: bool, positions: int
@@ -72,8 +79,11 @@ class CudaOps(PlainOps):
         table = torch.stack((angles.cos() * factor, angles.sin() * factor), 1)
         return CudaRotary(table.contiguous().to(self.device), interleaved)
 
+    def indices(self, rows: np.ndarray) -> Tensor:
+        return to_device(rows.astype(np.int64, copy=False), self.device)
+
     def plan(self, geometry: Geometry) -> CudaPlan:
-        return make_plan(geometry, self.device)
+        return CudaPlan(geometry, self.device)
 
     def embed(
         self,
@@ -84,9 +94,7 @@ class CudaOps(PlainOps):
         plan: CudaPlan,
         offset: int,
     ) -> Tensor:
-        host = torch.from_numpy(np.ascontiguousarray(tokens, dtype=np.int64))
-        ids = host.pin_memory() if self.device.type == "cuda" else host
-        x = F.embedding(ids.to(self.device, non_blocking=True), table.data).float()
+        x = F.embedding(self.indices(tokens), table.data).float()
         if scale != 1.0:
             x *= scale
         if positions is not None:
@@ -263,11 +271,6 @@ class CudaOps(PlainOps):
             BLOCK=_BLOCK,
         )
         return out
-
-    def argmax(self, logits: Tensor) -> Tensor:
-        best = logits.amax(1, keepdim=True)
-        ids = torch.arange(logits.shape[1], device=logits.device)
-        return torch.where(logits == best, ids, logits.shape[1]).amin(1)
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
