@@ -170,6 +170,7 @@ class Fleet:
 
     def _worker_config(self, slot: Slot) -> wire.WorkerConfig:
         config = self._config
+        sharing = sum(other.device == slot.device for other in self._slots)
         return wire.WorkerConfig(
             name=slot.name,
             endpoint=self._endpoint,
@@ -181,6 +182,7 @@ class Fleet:
             page=config.block_size,
             kv_bytes=config.kv_cache_memory_bytes,
             weight_bytes=config.weight_memory_bytes,
+            memory_utilization=config.gpu_memory_utilization / sharing,
             max_sequences=config.max_num_seqs,
             max_rows=config.max_num_batched_tokens,
             prefix_cache=config.enable_prefix_caching,

@@ -21,11 +21,8 @@ def select_ops(device: str, wanted: str, threads: int) -> Ops:
     "auto" takes the native ones where they run and falls back to torch with a warning. Raises
     Unavailable where a device, or what was insisted on, is not to be had.
     """
-    if device != "cpu" and not torch.cuda.is_available():
-        raise Unavailable(
-            f"torch {torch.__version__} finds no CUDA device: install its CUDA build and NVIDIA's "
-            "driver, or use --device cpu"
-        )
+    if device != "cpu":
+        require_cuda()
     if wanted != "torch":
         try:
             return _cpu_ops(threads) if device == "cpu" else _cuda_ops(device)
@@ -43,6 +40,15 @@ def select_replays(ops: Ops) -> Replays | None:
     from ext.cuda.graphs import Graphs
 
     return Graphs(ops.device)
+
+
+def require_cuda() -> None:
+    """Raises Unavailable where torch sees no CUDA device."""
+    if not torch.cuda.is_available():
+        raise Unavailable(
+            f"torch {torch.__version__} finds no CUDA device: install its CUDA build and NVIDIA's "
+            "driver, or use --device cpu"
+        )
 
 
 def _cpu_ops(threads: int) -> Ops:

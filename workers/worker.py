@@ -19,6 +19,7 @@ from ext.select import select_replays
 from workers import wire
 from workers.batcher import Group, Step, arrange, decide
 from workers.chains import Chains, ServedChain
+from workers.gauge import Reading
 from workers.loading import LoadedChain
 from workers.memory import KvMemory
 from workers.pages import Arena
@@ -48,10 +49,18 @@ class Clock:
 
 
 class Worker:
-    """All of a worker but its sockets: commands in, reports out, `step` in between."""
+    """All of a worker but its sockets: commands in, reports out, `step` in between. `read` gives
+    the device's last reading."""
 
-    def __init__(self, config: wire.WorkerConfig, ops: Ops, send: Send) -> None:
+    def __init__(
+        self,
+        config: wire.WorkerConfig,
+        ops: Ops,
+        send: Send,
+        read: Callable[[], Reading] = dict,
+    ) -> None:
         self.config = config
+        self._read = read
         self._ops = ops
         self._send = send
         arena = Arena(config.kv_bytes)
@@ -329,6 +338,7 @@ class Worker:
                 "total": time.perf_counter() - self.clock.started,
             },
             blocks=self._blocks(),
+            device=self._read(),
         )
 
     def _blocks(self) -> tuple[wire.BlockReport, ...]:

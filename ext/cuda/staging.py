@@ -26,12 +26,15 @@ class Staging:
 
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:
-        """Copies made within this go over the stream of their own and are done when it ends."""
+        """Copies made within this go over the stream of their own and are done when it ends. Raises
+        MemoryError where the device has no room for them."""
         # A thread begins on the first device.
         torch.cuda.set_device(self._device)
         with torch.cuda.stream(self._stream):
             try:
                 yield
+            except torch.OutOfMemoryError as error:
+                raise MemoryError(f"{self._device} has no memory left for it") from error
             finally:
                 self._stream.synchronize()
 

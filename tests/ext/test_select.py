@@ -30,7 +30,7 @@ def test_steps_are_captured_for_the_cuda_kernels() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
 @pytest.mark.parametrize("wanted", ["auto", "torch"])
 def test_a_device_that_is_not_there_is_named_with_what_to_do(wanted: str) -> None:
-    with pytest.raises(Unavailable, match="finds no CUDA device.*--device cpu"):
+    with pytest.raises(Unavailable, match=r"finds no CUDA device.*--device cpu"):
         select_ops("cuda:0", wanted, 1)
 
 
