@@ -152,21 +152,25 @@ def _draw_limited(rows: Tensor, s: Sequence[Sampling], draws: Sequence[float]) -
     """Sample each row from its top_k best and, of these, the fewest that hold top_p of the mass."""
     vocabulary = rows.shape[1]
     counts = [min(x.top_k or vocabulary, vocabulary) for x in s]
-    head = min(max(counts), _CANDIDATES)
-    sums = rows.sum(1, keepdim=True)
-    wanted = _column([x.top_p if x.top_p < 1.0 else torch.inf for x in s], rows)
+    most = max(counts)
     limits = torch.tensor(counts, device=rows.device)[:, None]
-    values, ids = torch.topk(rows, head)
-    short = (values.sum(1, keepdim=True) < wanted.clamp(max=1.0) * sums) & (limits > head)
-    if max(counts) > head and bool(short.any()):
-        values, ids = torch.topk(rows, max(counts))
+    wanted = _column([x.top_p for x in s], rows)
+    sums = rows.sum(1, keepdim=True)
+    values, ids = torch.topk(rows, min(most, _CANDIDATES))
+    if most > _CANDIDATES:
+        # Few rows need more than the first candidates; what the others get is not to depend on it.
+        short = values.sum(1, keepdim=True) < wanted * sums
+        if bool((short & (limits > _CANDIDATES)).any()):
+            values, ids = torch.topk(rows, most)
+        limits = torch.where(short, limits, limits.clamp(max=_CANDIDATES))
     place = torch.arange(values.shape[1], device=rows.device)
     values = values.masked_fill(place >= limits, 0.0)
-    mass = torch.where(limits < vocabulary, values.sum(1, keepdim=True), sums)
-    before = torch.cumsum(values, 1) - values
-    # The best is always one of them.
-    values = values.masked_fill((before >= wanted * mass) & (place > 0), 0.0)
-    found = _invert(values, draws)
+    through = torch.cumsum(values, 1)
+    has_top_k = torch.tensor([x.top_k > 0 for x in s], device=rows.device)[:, None]
+    mass = torch.where(has_top_k, through[:, -1:], sums)
+    # The best is always one of them; a top_p of 1 ends nothing.
+    over = (through - values >= wanted * mass) & (wanted < 1.0) & (place > 0)
+    found = _invert(values.masked_fill(over, 0.0), draws)
     return ids.gather(1, found[:, None])[:, 0].tolist()
 
 
