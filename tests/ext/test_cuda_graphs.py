@@ -15,6 +15,7 @@ from ext.cuda.graphs import Graphs
 from ext.cuda.ops import CudaOps
 from ext.cuda.plan import CudaPlan
 
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPS = CudaOps(DEVICE)
 HIDDEN, HEADS, KV_HEADS, DIM = 48, 4, 2, 12

@@ -28,6 +28,7 @@ pytest.importorskip("triton", reason="needs triton")
 
 from ext.cuda.ops import CudaOps
 
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPS = CudaOps(DEVICE)
 REFERENCE = TorchOps(DEVICE)

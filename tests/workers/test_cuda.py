@@ -6,18 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 pytest.importorskip("triton", reason="needs triton")
 
 from tests import builders
-from tests.workers.family_zoo import MLP, Family, wrong_tokens
+from tests.workers.family_zoo import MLP, Family, everything, wrong_tokens
 from tests.workers.hand_made import Base, Tuned
 from tests.workers.local import Answer, LocalWorker
 from zoo.add import AddOptions, add
 from zoo.progress import Quiet
 
-if torch.cuda.is_available():
-    pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3", "gpt2", "gpt_neox"]
+# Log-probabilities of the tiny models in bfloat16, ours and transformers', against float32.
+BOUND = 0.1
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +54,7 @@ def test_mixed_batches_give_each_variants_own_tokens_and_are_replayed(family: Fa
     worker.run()
     assert_own_tokens(family, asked)
     counters = worker.status.counters
-    assert counters["replayed_steps"] > counters["captured_steps"] > 0
+    assert counters["replayed_steps"] >= counters["captured_steps"] > 0
 
 
 def test_a_variant_that_leaves_takes_its_captures_along(family: Family) -> None:
@@ -105,3 +108,83 @@ def test_what_no_capture_can_exchange_runs_unit_by_unit(tmp_path: Path) -> None:
         worker.run()
         answers.append([answer.tokens for answer in together])
     assert answers[0] == answers[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_family_gives_transformers_tokens_in_float32(tmp_path: Path, kind: str) -> None:
+    family = everything(tmp_path, kind)
+    worker = LocalWorker(family.zoo, "cuda")
+    worker.load(*family.names)
+    asked = []
+    for i, name in enumerate(family.names * 4):
+        given = prompt(1 + 7 * i % 50, i)
+        asked.append((name, given, worker.open(name, given, max_tokens=48)))
+    worker.run()
+    assert_own_tokens(family, asked)
+    assert worker.status.counters["replayed_steps"] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text"])
+def test_bfloat16_is_as_near_to_float32_as_transformers_is(tmp_path: Path, kind: str) -> None:
+    checkpoint = builders.tiny_model(tmp_path / "half", kind, dtype=torch.bfloat16)
+    add(tmp_path / "zoo", "base", str(checkpoint), AddOptions(), Quiet())
+    given = prompt(120, 1)
+    worker = LocalWorker(tmp_path / "zoo", "cuda")
+    worker.load("base")
+    answer = worker.open("base", given, max_tokens=1, prompt_logprobs=0)
+    worker.run()
+    assert not answer.failed, answer.failed
+    ours = torch.tensor([scored.logprob for scored in answer.scored])
+    exact, theirs = (scores(checkpoint, given, d) for d in (torch.float32, torch.bfloat16))
+    assert (ours - exact).abs().max() < BOUND
+    assert (ours - exact).norm() <= 1.5 * (theirs - exact).norm()
+
+
+def scores(checkpoint: Path, given: list[int], dtype: torch.dtype) -> torch.Tensor:
+    """Log-probabilities that transformers gives to a prompt's tokens on the device."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).cuda().eval()
+    tokens = torch.tensor([given], device="cuda")
+    with torch.no_grad():
+        logs = model(tokens).logits[0].float().log_softmax(-1)
+    return logs[:-1].gather(1, tokens[0, 1:, None])[:, 0].cpu()
+
+
+@pytest.mark.gpu
+def test_tuned_pieces_of_every_kind_match_the_reference_kernels(tmp_path: Path) -> None:
+    base = Base(tmp_path, "llama")
+    names = [
+        Tuned(base, "low", 1).low_rank(0, "q").low_rank(1, "down").gain(2, "k").publish(),
+        Tuned(base, "rows", 2).token_rows([5, 9, 40]).tokens_low_rank().publish(),
+        Tuned(base, "prompt", 3).with_prompt(9).bias(1, "o").publish(),
+        Tuned(base, "adapter", 4).bottleneck(1, "o", "output").norm(2, "m", "norm").publish(),
+    ]
+    answers = []
+    for ops in ("torch", "cuda"):
+        worker = LocalWorker(base.zoo, ops)
+        worker.load(*names)
+        asked = [worker.open(n, prompt(30, i), max_tokens=24) for i, n in enumerate(names * 3)]
+        worker.run()
+        assert not any(answer.failed for answer in asked)
+        answers.append([answer.tokens for answer in asked])
+    same = sum(ours == theirs for ours, theirs in zip(*answers, strict=True))
+    assert same >= len(names) * 3 - 1, "more answers than one near tie differ"
+
+
+@pytest.mark.gpu
+def test_sampled_tokens_are_those_that_the_host_would_draw(family: Family) -> None:
+    answers = []
+    for ops in ("torch", "cuda"):
+        worker = LocalWorker(family.zoo, ops)
+        worker.load("base", "qv")
+        shapes = [{"top_k": 20}, {"top_p": 0.9}, {}, {"min_p": 0.05, "repetition_penalty": 1.3}]
+        asked = [
+            worker.open(name, prompt(9, i), max_tokens=16, temperature=0.9, seed=i, **shape)
+            for i, (name, shape) in enumerate((n, s) for n in ("base", "qv") for s in shapes)
+        ]
+        worker.run()
+        answers.append([answer.tokens for answer in asked])
+    same = sum(ours == theirs for ours, theirs in zip(*answers, strict=True))
+    assert same >= 7, "more draws than one at the edge of two tokens differ"
