@@ -255,7 +255,8 @@ class Status(
 
     `counters` are monotone sums by name (prefix_hit_tokens, prefix_query_tokens, shared_pages,
     evicted_pages, prompt_tokens, output_tokens, dropped_messages, boundary_tokens ...);
-    `seconds` are sums of time by name (ops, wait, prepare, sample, send, total). `device` is the
+    `seconds` are sums of time by name (ops, wait, prepare, sample, send, total); on a GPU `ops` is
+    the time to queue the work, and `sample` has the wait for it. `device` is the
     device's own last reading by name (utilization 0 to 1, memory_used_bytes, memory_total_bytes,
     power_w, temperature_c, pcie_sent_bytes_per_s, nvlinks ...), as far as it tells; the host's
     where the device is a CPU.

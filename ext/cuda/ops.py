@@ -110,8 +110,7 @@ class CudaOps(PlainOps):
         linears: Sequence[Linear],
         patches: Sequence[Patch | None],
     ) -> list[Tensor]:
-        storage = linears[0].weight.data.dtype  # pyright: ignore[reportAttributeAccessIssue]
-        rows = self._normed(x, norm, storage) if norm is not None else x
+        rows = self._normed(x, norm, _storage(linears[0])) if norm is not None else x
         outs: list[Tensor] = []
         for linear, patch in zip(linears, patches, strict=True):
             y = self._multiply(rows, linear, patch)
@@ -256,9 +255,26 @@ class CudaOps(PlainOps):
         heads = x.shape[1] // dim
         return self._normed(x.reshape(-1, dim), norm, torch.float32, heads).view(x.shape)
 
+    def project_gated(
+        self,
+        x: Tensor,
+        norm: Norm | None,
+        linears: Sequence[Linear],
+        patches: Sequence[Patch | None],
+        kind: Activation,
+    ) -> Tensor:
+        gate, up = self.project(x, norm, linears, patches)
+        # The product that follows reads it in this precision.
+        return self._activated(gate, up, kind, _storage(linears[0]))
+
     def activate(self, gate: Tensor | None, up: Tensor, kind: Activation) -> Tensor:
+        return self._activated(gate, up, kind, torch.float32)
+
+    def _activated(
+        self, gate: Tensor | None, up: Tensor, kind: Activation, dtype: torch.dtype
+    ) -> Tensor:
         up = up.contiguous()
-        out = torch.empty(up.shape, dtype=torch.float32, device=self.device)
+        out = torch.empty(up.shape, dtype=dtype, device=self.device)
         if up.numel() == 0:
             return out
         _pointwise.activate[(-(-up.numel() // _BLOCK),)](
@@ -271,6 +287,11 @@ class CudaOps(PlainOps):
             BLOCK=_BLOCK,
         )
         return out
+
+
+def _storage(linear: Linear) -> torch.dtype:
+    """The precision of a linear's weights, in which products read their rows."""
+    return linear.weight.data.dtype  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:

@@ -229,6 +229,18 @@ def test_activates(kind: str) -> None:
         assert_near(OPS.activate(left, up, kind), expected, torch.float32)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gates_in_the_precision_of_the_weights(dtype: torch.dtype) -> None:
+    x, norm = on(5, 40), Norm("rms", 1e-6, on(40))
+    weights = [(on(30, 40) / 6).to(dtype) for _ in range(2)]
+    found = []
+    for which in (REFERENCE, OPS):
+        linears = [Linear(which.matrix(weight)) for weight in weights]
+        found.append(which.project_gated(x, norm, linears, (None, None), "silu"))
+    assert found[1].dtype is dtype
+    assert_near(found[1], found[0], dtype)
+
+
 def test_adds_norms_gains_and_detours() -> None:
     start, y = on(6, 48), on(6, 48)
     norm = Norm("rms", 1e-6, on(48), None, (NormRows(1, 3, on(48)),))
