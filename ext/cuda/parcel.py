@@ -10,7 +10,8 @@ from torch import Tensor
 # Shape and data type of an array.
 Spec = tuple[tuple[int, ...], type[np.generic]]
 
-_GRAIN = 8
+# Kernels are compiled for addresses on this boundary: none is to be compiled again for others.
+_GRAIN = 16
 _TYPES = {np.int32: torch.int32, np.int64: torch.int64, np.float32: torch.float32}
 
 
