@@ -8,6 +8,7 @@ that says what to do.
 
 import argparse
 import ipaddress
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,9 +45,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         bool, Meta(description="serve an address others can reach although there are no API keys")
     ] = False
 
-    device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="where the blocks run")] = (
-        "auto"
-    )
+    device: Annotated[
+        str, Meta(description="where the blocks run: auto, cpu, cuda, or one device such as cuda:0")
+    ] = "auto"
     workers: Annotated[
         Count | Literal["auto"], Meta(description="worker processes; auto: one for each device")
     ] = "auto"
@@ -82,6 +83,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Literal["auto", "float32", "bfloat16"],
         Meta(description="what KV pages hold; bfloat16: half the memory, answers are approximate"),
     ] = "auto"
+    gpu_memory_utilization: Annotated[
+        float,
+        Meta(gt=0, le=1, description="share of a GPU's memory for weights and KV pages together"),
+    ] = 0.9
     weight_memory_bytes: Annotated[
         Amount, Meta(description="memory of one worker for weights; 0: the worker chooses")
     ] = 0
@@ -237,6 +242,10 @@ def _convert(name: str, value: object, where: str, *, strict: bool) -> object:
 
 
 def _check(config: Config) -> None:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device):
+        raise ConfigError(
+            f'"{config.device}" is not a device: write one of auto, cpu, cuda, cuda:0 for --device'
+        )
     address = config.http_address
     scheme, separator, rest = config.zmq.partition("://")
     if not separator or scheme not in ("tcp", "ipc") or not rest:

@@ -170,6 +170,7 @@ class Fleet:
 
     def _worker_config(self, slot: Slot) -> wire.WorkerConfig:
         config = self._config
+        sharing = sum(other.device == slot.device for other in self._slots)
         return wire.WorkerConfig(
             name=slot.name,
             endpoint=self._endpoint,
@@ -183,6 +184,7 @@ class Fleet:
             kv_dtype=config.kv_cache_dtype,
             weight_bytes=config.weight_memory_bytes,
             weights=config.weights,
+            memory_utilization=config.gpu_memory_utilization / sharing,
             max_sequences=config.max_num_seqs,
             max_rows=config.max_num_batched_tokens,
             prefix_cache=config.enable_prefix_caching,

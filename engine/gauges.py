@@ -29,6 +29,7 @@ class ClusterGauges(Collector):
             if worker.status is not None
         ]
         yield from _memory(told)
+        yield from _devices(told)
         yield from _blocks(told)
         yield self._shared_ratio()
         yield from self._sums()
@@ -92,6 +93,32 @@ def _memory(told: list[tuple[Worker, wire.Status]]) -> Iterator[Metric]:
             memory.add_metric([worker.name, use], getattr(status, f"{use}_bytes"))
         chains.add_metric([worker.name], status.chains)
     yield from (usage, pages, memory, chains)
+
+
+def _devices(told: list[tuple[Worker, wire.Status]]) -> Iterator[Metric]:
+    """What devices tell of themselves, as far as they do."""
+    families = {
+        reading: _family(f"device_{name}", text, "worker")
+        for reading, name, text in (
+            ("utilization", "utilization", "Share of the last moment in which the device worked."),
+            ("memory_used_bytes", "memory_used_bytes", "Memory of the device that is taken."),
+            ("memory_total_bytes", "memory_total_bytes", "Memory of the device."),
+            ("power_w", "power_watts", "Power that the device draws."),
+            ("temperature_c", "temperature_celsius", "Temperature of the device."),
+            ("pcie_sent_bytes_per_s", "pcie_sent_bytes_per_second", "PCIe traffic to the host."),
+            (
+                "pcie_received_bytes_per_s",
+                "pcie_received_bytes_per_second",
+                "PCIe traffic from the host.",
+            ),
+            ("nvlinks", "nvlinks", "NVLinks in use."),
+        )
+    }
+    for worker, status in told:
+        for reading, family in families.items():
+            if reading in status.device:
+                family.add_metric([worker.name], status.device[reading])
+    yield from families.values()
 
 
 def _blocks(told: list[tuple[Worker, wire.Status]]) -> Iterator[Metric]:

@@ -52,6 +52,7 @@ def render(state: Mapping[str, Any], max_rows: int | None = None) -> Group:
     return Group(
         head,
         _workers(state["workers"]),
+        _devices(state["workers"]),
         _blocks(state["blocks"], max_rows),
         _variants(state["variants"], max_rows),
     )
@@ -74,6 +75,38 @@ def _workers(workers: list[dict[str, Any]]) -> Table:
             str(worker.get("steps", 0)),
         )
     return table
+
+
+def _devices(workers: list[dict[str, Any]]) -> Table:
+    """What the devices tell of themselves; those that tell nothing have a row of blanks."""
+    table = _table("Devices", "worker", "busy", "memory", "power", "temperature", "links")
+    for worker in workers:
+        told: Mapping[str, float] = worker.get("gauges") or {}
+        used, total = told.get("memory_used_bytes"), told.get("memory_total_bytes")
+        table.add_row(
+            worker["name"],
+            _shown(told.get("utilization"), "{:.0%}"),
+            "" if used is None or total is None else f"{used / 1e9:.1f} of {total / 1e9:.1f} GB",
+            _shown(told.get("power_w"), "{:.0f} W"),
+            _shown(told.get("temperature_c"), "{:.0f} °C"),
+            _links(told),
+        )
+    return table
+
+
+def _links(told: Mapping[str, float]) -> str:
+    """Traffic over PCIe, and how many NVLinks there are."""
+    sent, received = told.get("pcie_sent_bytes_per_s"), told.get("pcie_received_bytes_per_s")
+    parts: list[str] = []
+    if sent is not None and received is not None:
+        parts.append(f"PCIe {received / 1e9:.1f} in, {sent / 1e9:.1f} out GB/s")
+    if told.get("nvlinks"):
+        parts.append(f"{told['nvlinks']:.0f} NVLinks")
+    return ", ".join(parts)
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
 
 
 def _blocks(blocks: list[dict[str, Any]], max_rows: int | None) -> Table:

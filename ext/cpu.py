@@ -9,6 +9,7 @@ one foreign call, which releases the interpreter's lock.
 import ctypes
 import weakref
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,6 +78,12 @@ class CpuOps:
         weakref.finalize(self, self._native.blockllm_close, self._pool)
         self.packing = Packing(self._native, self.isa)
 
+    def loading(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def synchronize(self) -> None:
+        """Nothing: every operation is done when it returns."""
+
     def matrix(self, weight: Tensor, *, transposed: bool = False) -> CpuMatrix:
         return self.packing.matrix(weight.t() if transposed else weight)
 
@@ -101,6 +108,9 @@ class CpuOps:
 
     def memory(self, nbytes: int) -> Tensor:
         return torch.from_numpy(np.frombuffer(reserve(nbytes), np.uint8, nbytes))
+
+    def indices(self, rows: np.ndarray) -> Tensor:
+        return torch.from_numpy(rows.astype(np.int64, copy=False))
 
     def plan(self, geometry: Geometry) -> CpuPlan:
         starts, contexts = geometry.starts, geometry.contexts
@@ -299,11 +309,7 @@ class CpuOps:
         if gate is not None and gate.shape != up.shape:
             raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} differ")
         record = native.ACTIVATE.pack(
-            address(gate),
-            up.data_ptr(),
-            out.data_ptr(),
-            up.numel(),
-            ACTIVATIONS[kind],
+            address(gate), up.data_ptr(), out.data_ptr(), up.numel(), ACTIVATIONS[kind]
         )
         self._native.blockllm_activate(self._pool, record)
         return out

@@ -11,7 +11,8 @@ accumulate (MLP unit), so an implementation can fuse norms, biases, adapters, ro
 residuals into few launches. Layers that norm what they add end in project -> add_norm.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
@@ -152,7 +153,8 @@ class Geometry:
 @dataclass(eq=False, slots=True)
 class Cache:
     """KV pages of one shape: data [pages, 2, page, kv_heads, head_dim] (K is 0, V is 1), float32 or
-    bfloat16. What attention reads is what the pages hold: bfloat16 ones round keys and values."""
+    bfloat16 (on CUDA float16, too). What attention reads is what the pages hold: those of 16 bits
+    round keys and values."""
 
     data: Tensor
     page: int = field(default=16)
@@ -195,6 +197,15 @@ class Ops(Protocol):
     name: str
     device: torch.device
 
+    def loading(self) -> AbstractContextManager[None]:
+        """What a thread makes resident within this is ready for every other when it ends. Nobody
+        else waits for that; one thread at a time."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until all work that was queued so far is done."""
+        ...
+
     def matrix(self, weight: Tensor, *, transposed: bool = False) -> Matrix:
         """Resident form of a stored matrix [out, in] ([in, out] if transposed); f32, f16 or bf16,
         without loss. It must not keep `weight` (a mapped file) alive unless it uses that memory."""
@@ -226,6 +237,10 @@ class Ops(Protocol):
     def memory(self, nbytes: int) -> Tensor:
         """Bytes for KV pages, uint8 [nbytes], at least 64-byte aligned; host memory is committed as
         it is written."""
+        ...
+
+    def indices(self, rows: np.ndarray) -> Tensor:
+        """Numbers on the device, int64; the host does not wait for it."""
         ...
 
     def plan(self, geometry: Geometry) -> Plan:
@@ -346,3 +361,37 @@ class PackingOps(Protocol):
 
     @property
     def packing(self) -> Packs: ...
+
+
+class Replays(Protocol):
+    """Decode steps that are captured once and replayed over other rows, where a device gains by
+    it."""
+
+    @property
+    def counts(self) -> "ReplayCounts":
+        """How often, so far."""
+        ...
+
+    def run(
+        self,
+        units: tuple[int, ...],
+        x: Tensor,
+        batch: tuple[Geometry, int],
+        patches: Sequence[Patch | None],
+        step: Callable[[Tensor, Opaque, Sequence[Patch | None]], None],
+    ) -> bool:
+        """Run `step` (over rows x, a plan, patches) on x [rows, hidden], in place, for a decode
+        batch: its geometry, and a page that padding may use. False, and nothing done, if the batch
+        is too large. `units` names what `step` computes: equal names, equal steps."""
+        ...
+
+    def retain(self, keeps: Callable[[tuple[int, ...]], bool]) -> None:
+        """Forget the steps whose units `keeps` does not want."""
+        ...
+
+
+class ReplayCounts(Protocol):
+    """How often steps were captured, and how often one was replayed."""
+
+    captured: int
+    replayed: int

@@ -4,7 +4,7 @@ Runs on any torch device in float32. Clarity before speed: attention gathers pag
 scaled_dot_product_attention per sequence (prefill) or per group of single rows (decode).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,44 +16,15 @@ from ext.ops import (
     Activation,
     Attention,
     Cache,
-    Detour,
     Geometry,
     Linear,
     Norm,
     NormKind,
     Patch,
     Place,
-    RowGain,
 )
+from ext.plain import DenseMatrix, PlainOps
 from ext.quantize import Quantized
-
-_CURVES: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "tanh": torch.tanh,
-    "none": lambda x: x,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class TorchMatrix:
-    """A resident weight as a float32 tensor [out, in]; may be a view of a mapped file."""
-
-    data: Tensor
-
-    @property
-    def out_features(self) -> int:
-        return self.data.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        return self.data.shape[1]
-
-    @property
-    def nbytes(self) -> int:
-        return self.data.numel() * self.data.element_size()
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,26 +50,20 @@ class TorchPlan:
     chunks: tuple[tuple[int, int, int, int], ...]
 
 
-class TorchOps:
+class TorchOps(PlainOps):
     """Reference operations; see `ext.ops.Ops` for shapes and meaning."""
 
     name = "torch"
 
     def __init__(self, device: str = "cpu") -> None:
-        self.device = torch.device(device)
+        super().__init__(device)
 
-    def matrix(self, weight: Tensor, *, transposed: bool = False) -> TorchMatrix:
+    def matrix(self, weight: Tensor, *, transposed: bool = False) -> DenseMatrix:
         weight = weight.to(self.device, torch.float32)
-        return TorchMatrix(weight.t() if transposed else weight)
+        return DenseMatrix(weight.t() if transposed else weight)
 
-    def coded(self, weight: Quantized) -> TorchMatrix:
-        return TorchMatrix(weight.dense().to(self.device))
-
-    def vector(self, weight: Tensor) -> Tensor:
-        return weight.to(self.device, torch.float32, copy=True).contiguous()
-
-    def factor(self, weight: Tensor) -> Tensor:
-        return weight.to(self.device, copy=True).contiguous()
+    def coded(self, weight: Quantized) -> DenseMatrix:
+        return DenseMatrix(weight.dense().to(self.device))
 
     def rotary(
         self, inverse_frequencies: Sequence[float], factor: float, interleaved: bool, positions: int
@@ -107,9 +72,6 @@ class TorchOps:
         angles = torch.arange(positions, dtype=torch.float32, device=self.device)[:, None]
         angles = angles * frequencies
         return Rotary(angles.cos() * factor, angles.sin() * factor, interleaved)
-
-    def memory(self, nbytes: int) -> Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def plan(self, geometry: Geometry) -> TorchPlan:
         starts, contexts = geometry.starts, geometry.contexts
@@ -139,9 +101,9 @@ class TorchOps:
     def embed(
         self,
         tokens: np.ndarray,
-        table: TorchMatrix,
+        table: DenseMatrix,
         scale: float,
-        positions: TorchMatrix | None,
+        positions: DenseMatrix | None,
         plan: TorchPlan,
         offset: int,
     ) -> Tensor:
@@ -162,17 +124,6 @@ class TorchOps:
         if norm is not None:
             x = normalize(x, norm)
         return [self._linear(x, a, b) for a, b in zip(linears, patches, strict=True)]
-
-    def project_gated(
-        self,
-        x: Tensor,
-        norm: Norm | None,
-        linears: Sequence[Linear],
-        patches: Sequence[Patch | None],
-        kind: Activation,
-    ) -> Tensor:
-        gate, up = self.project(x, norm, linears, patches)
-        return self.activate(gate, up, kind)
 
     def _linear(self, x: Tensor, linear: Linear, patch: Patch | None) -> Tensor:
         y = F.linear(x, linear.weight.data)  # type: ignore[attr-defined]
@@ -226,19 +177,6 @@ class TorchOps:
 
     def add_norm(self, x: Tensor, y: Tensor, norm: Norm) -> None:
         x += normalize(y, norm)
-
-    def scale(self, x: Tensor, gains: Sequence[RowGain]) -> None:
-        for gain in gains:
-            x[gain.first : gain.last] *= gain.vector
-
-    def detour(self, x: Tensor, z: Tensor, detours: Sequence[Detour]) -> None:
-        for d in detours:
-            inner = self._linear(z[d.first : d.last], d.down, None)
-            out = self._linear(_CURVES[d.activation](inner), d.up, None)
-            x[d.first : d.last] += out * d.scale
-
-    def argmax(self, logits: Tensor) -> Tensor:
-        return logits.argmax(dim=1)
 
 
 def normalize(x: Tensor, norm: Norm) -> Tensor:

@@ -10,26 +10,34 @@ import select
 import signal
 import sys
 import time
+from pathlib import Path
 
 import msgspec
 import psutil
 import torch
 import zmq
 
-from ext.select import select_ops
+from ext.build import Unavailable
+from ext.select import require_cuda, select_ops
 from workers import wire
+from workers.budget import NoBudget, Shares, share
+from workers.gauge import Gauge
 from workers.worker import Worker
+from zoo.census import weigh
+from zoo.errors import ZooError
 
 _log = logging.getLogger(__name__)
 _IDLE_MS, _LOADING_MS = 200, 2
 # A step makes hundreds of calls that give up the interpreter's lock, and may wait that long to have
 # it back from the loader's threads.
 _SWITCH_S = 0.0005
+# Of a GPU's memory, for activations and captured steps.
+_WORKSPACE_BYTES = 1 << 30
 
 
 def main(argument: str) -> int:
     """Serve until told to stop; the exit code."""
-    config = _resolve(msgspec.json.decode(argument, type=wire.WorkerConfig))
+    config = msgspec.json.decode(argument, type=wire.WorkerConfig)
     logging.basicConfig(
         level=config.log_level.upper(),
         format=f"%(levelname)s %(asctime)s [{config.name}] %(message)s",
@@ -38,20 +46,29 @@ def main(argument: str) -> int:
     # The engine decides when to stop: an interrupt from the terminal reaches the whole group.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.setswitchinterval(_SWITCH_S)
-    torch.set_num_threads(config.threads)
-    ops = select_ops(config.device, config.ops, config.threads)
+    try:
+        config = _resolve(config)
+        torch.set_num_threads(config.threads)
+        ops = select_ops(config.device, config.ops, config.threads)
+    except (Unavailable, NoBudget) as error:
+        _log.error("%s", error)
+        return 1
     context = zmq.Context()
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.IDENTITY, config.name.encode())
     socket.setsockopt(zmq.LINGER, 1000)
     socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
     socket.connect(config.endpoint)
-    worker = Worker(config, ops, lambda report: socket.send(wire.encode(report)))
+    gauge = Gauge(config.device)
+    worker = Worker(
+        config, ops, lambda report: socket.send(wire.encode(report)), lambda: gauge.reading
+    )
     socket.send(wire.encode(worker.hello()))
     try:
         _serve(worker, socket, config.heartbeat_s)
     finally:
         worker.close()
+        gauge.stop()
         socket.close()
         context.term()
     return 0
@@ -98,12 +115,34 @@ def _receive(worker: Worker, socket: zmq.Socket[bytes]) -> bool:
 
 
 def _resolve(config: wire.WorkerConfig) -> wire.WorkerConfig:
-    """Settle what was left to the worker: threads, KV memory, rows of a wave."""
+    """Settle what was left to the worker: threads, memory, rows of a wave."""
     threads = config.threads or len(os.sched_getaffinity(0))
-    kv_bytes = config.kv_bytes or min(4 << 30, psutil.virtual_memory().available // 4)
+    if config.device == "cpu":
+        kv_bytes = config.kv_bytes or min(4 << 30, psutil.virtual_memory().available // 4)
+        shares = Shares(kv_bytes, config.weight_bytes)
+    else:
+        shares = _shares(config)
     # A CPU is saturated by few rows; more would only hold up the streams that decode beside them.
     max_rows = config.max_rows or (256 if config.device == "cpu" else 2048)
-    return msgspec.structs.replace(config, threads=threads, kv_bytes=kv_bytes, max_rows=max_rows)
+    return msgspec.structs.replace(
+        config,
+        threads=threads,
+        kv_bytes=shares.kv_bytes,
+        weight_bytes=shares.weight_bytes,
+        max_rows=max_rows,
+    )
+
+
+def _shares(config: wire.WorkerConfig) -> Shares:
+    """Memory of a GPU, what others hold of it taken off. Raises Unavailable, NoBudget."""
+    require_cuda()
+    free, total = torch.cuda.mem_get_info(config.device)
+    budget = int(total * config.memory_utilization) - (total - free) - _WORKSPACE_BYTES
+    try:
+        known = weigh(Path(config.zoo))
+    except ZooError:
+        known = 0  # Every chain that is loaded will say what is wrong with the zoo.
+    return share(budget, known, config.kv_bytes, config.weight_bytes)
 
 
 if __name__ == "__main__":

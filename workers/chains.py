@@ -8,6 +8,7 @@ part). Pure bookkeeping, no torch; owned by `workers.worker`, read by requests, 
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from workers.wire import ChainId
 from zoo.errors import ZooError
@@ -31,12 +32,16 @@ class UnservableChain(ZooError):
     """This worker cannot run that chain; the message says why."""
 
 
+KvElement = Literal["float32", "bfloat16", "float16"]
+
+
 @dataclass(frozen=True, slots=True)
 class KvShape:
-    """What a page of this chain holds: heads and head width of K and V."""
+    """What a page of this chain holds: heads and head width of K and V, and their precision."""
 
     kv_heads: int
     head_dim: int
+    element: KvElement = "float32"
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,13 +5,13 @@ worker, `workers.offline` for measurements."""
 
 from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import psutil
 
 from ext.ops import Ops
 from workers.chains import UnservableChain
-from workers.wire import Precision
+from workers.wire import KvDtype, Precision
 from zoo.manifest import ObjectDigest
 
 # A unit, an attachment, or a tensor in the kernels' form; with its bytes and the keys of its parts.
@@ -40,11 +40,18 @@ class _Held:
 
 class Holdings:
     """Weights on one device in the form of `ops`, up to `limit_bytes` (0: no limit); those of
-    linear layers are kept in `precision`."""
+    linear layers are kept in `precision`. `kv_dtype` is what pages of their chains hold."""
 
-    def __init__(self, ops: Ops, limit_bytes: int = 0, precision: Precision = "exact") -> None:
+    def __init__(
+        self,
+        ops: Ops,
+        limit_bytes: int = 0,
+        precision: Precision = "exact",
+        kv_dtype: KvDtype | Literal["auto"] = "auto",
+    ) -> None:
         self.ops = ops
         self.precision: Precision = precision
+        self.kv_dtype: KvDtype | Literal["auto"] = kv_dtype
         self._limit = limit_bytes
         self._held: dict[Hashable, _Held] = {}
         self.resident_bytes = 0

@@ -60,7 +60,7 @@ def stitch(unit: StitchUnit, x: Tensor, worn: Worn, at: Context) -> Tensor:
     # The exponent of a position's float is its bucket: 0, 1, 2-3, 4-7, ...
     bucket = np.frexp(before + np.arange(geometry.num_rows))[1]
     last = len(unit.positions) - 1
-    return y.add_(unit.positions[torch.from_numpy(np.minimum(bucket, last)).to(y.device)])
+    return y.add_(unit.positions[at.ops.indices(np.minimum(bucket, last))])
 
 
 def normed(x: Tensor, norm: Norm, ops: Ops) -> Tensor:

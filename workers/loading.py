@@ -7,7 +7,7 @@ their objects are read from the zoo."""
 import math
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from ext.ops import Matrix, Opaque, Ops
 from ext.quantize import Bits, coded_bytes, quantize
 from workers.block import HeadUnit, ResidentUnit, build_unit
-from workers.chains import ServedChain, UnservableChain, describe
+from workers.chains import KvElement, ServedChain, UnservableChain, describe
 from workers.holdings import Holdings, Made, Resident
 from workers.packer import Packer
 from workers.pieces import HeadRows, ResidentAttachment, build_attachment
@@ -29,6 +29,7 @@ from zoo.manifest import (
     Rope,
     Unit,
     UnitDigest,
+    attention_of,
     objects_of,
 )
 from zoo.packed import Form
@@ -36,6 +37,7 @@ from zoo.store import ObjectInfo
 
 # Tensors of two axes that are looked up in, not multiplied by.
 _TABLES = ("tokens.weight", "positions.weight")
+_ELEMENTS: dict[str, KvElement] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,7 @@ def load(
     UnservableChain, OSError, MemoryError) leaves nothing behind."""
     began, before = time.perf_counter(), holdings.resident_bytes
     layout = describe(chain, manifests)
+    layout.kv = replace(layout.kv, element=_kv_element(holdings, weights, manifests))
     infos = _infos(weights, manifests, holdings)
     holdings.check_room(_sizes(infos, manifests, holdings.precision))
     loading = _Loading(holdings, weights, infos, layout.context, packer)
@@ -123,6 +126,19 @@ def _infos(
     digests = {d for key, unit in manifests.units if key not in held for d in unit.tensors.values()}
     digests |= {d for a in manifests.attachments if a for d in objects_of(a[1])}
     return {digest: weights.info(digest) for digest in digests - held}
+
+
+def _kv_element(holdings: Holdings, weights: Weights, manifests: Manifests) -> KvElement:
+    """What a chain's pages hold, where nobody asked: on CUDA the precision of its weights, those of
+    the first layer with attention, so that chains which share pages agree; else float32."""
+    if holdings.kv_dtype != "auto":
+        return holdings.kv_dtype
+    if holdings.ops.name != "cuda":
+        return "float32"
+    units = (unit for _, unit in manifests.units if attention_of(unit.spec) is not None)
+    tensors = next(units).tensors
+    stored = (weights.info(tensors[role]) for role in sorted(tensors))
+    return _ELEMENTS.get(next(info.dtype for info in stored if len(info.shape) == 2), "float32")
 
 
 def _sizes(

@@ -9,20 +9,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from workers.chains import KvShape
+from workers.chains import KvElement, KvShape
 from workers.pages import Arena, Pool
-from workers.wire import KvDtype
 
-_ELEMENT_BYTES: dict[KvDtype, int] = {"float32": 4, "bfloat16": 2}
+_ELEMENT_BYTES: dict[KvElement, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class KvMemory:
-    """The arena, its pools, and one page table per running sequence. Pages hold `dtype`."""
+    """The arena, its pools, and one page table per running sequence."""
 
-    def __init__(self, arena: Arena, *, page: int, dtype: KvDtype, max_sequences: int) -> None:
+    def __init__(self, arena: Arena, *, page: int, max_sequences: int) -> None:
         self.arena = arena
         self.page = page
-        self.dtype: KvDtype = dtype
         self._pools: dict[KvShape, Pool] = {}
         self._slots = list(range(max_sequences - 1, -1, -1))
         self._tables = np.zeros((max_sequences, 1, 1), np.int32)
@@ -33,7 +31,7 @@ class KvMemory:
 
     def page_bytes(self, shape: KvShape) -> int:
         """Bytes of one page: K and V of `page` positions of one layer."""
-        return 2 * self.page * shape.kv_heads * shape.head_dim * _ELEMENT_BYTES[self.dtype]
+        return 2 * self.page * shape.kv_heads * shape.head_dim * _ELEMENT_BYTES[shape.element]
 
     def pool(self, shape: KvShape) -> Pool:
         """The pool of a shape, made when it is first wanted."""

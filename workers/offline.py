@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ext.ops import Ops
-from ext.select import select_ops
+from ext.select import select_ops, select_replays
 from workers.batcher import Group, Step, Wave, arrange, decide
 from workers.chains import Chains
 from workers.holdings import Holdings
@@ -86,14 +86,13 @@ class Offline:
     ) -> None:
         self._ops: Ops = select_ops("cpu", ops, threads)
         self._weights = StoredWeights(Store(root))
-        self._holdings = Holdings(self._ops, precision=weights)
+        self._holdings = Holdings(self._ops, precision=weights, kv_dtype=kv_dtype)
         self._packer = packer_for(self._ops)
-        self._memory = KvMemory(
-            Arena(kv_bytes), page=_PAGE, dtype=kv_dtype, max_sequences=_MAX_SEQUENCES
-        )
+        self._memory = KvMemory(Arena(kv_bytes), page=_PAGE, max_sequences=_MAX_SEQUENCES)
         self._requests = Requests(self._memory, PrefixCache(), use_prefixes=False)
         self._chains = Chains(_MAX_ROWS)
-        self._runner = Runner(self._ops, self._memory, self._requests)
+        replays = select_replays(self._ops)
+        self._runner = Runner(self._ops, self._memory, self._requests, replays)
         self._turns: dict[Group, int] = {}
         self._numbers = itertools.count(1)
 
@@ -144,8 +143,9 @@ class Offline:
 
         def run(wave: Wave) -> None:
             for part in self._runner.run(wave):
+                data = part.data.cpu()
                 for i, step in enumerate(part.steps):
-                    rows[step.request.id].append(part.data[i : i + 1])
+                    rows[step.request.id].append(data[i : i + 1])
 
         self._drive(requests, run)
         return [torch.cat(rows[r.id])[:, : r.chain.vocabulary] for r in requests]

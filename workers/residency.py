@@ -8,13 +8,12 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ext.ops import Ops
 from workers.chains import UnservableChain
 from workers.holdings import Holdings, NoRoom
 from workers.loading import LoadedChain, load
 from workers.packer import packer_for, step_back
 from workers.weights import LoadFormat, open_weights
-from workers.wire import ChainId, Load, Precision
+from workers.wire import ChainId, Load
 from zoo.catalog import Catalog
 from zoo.errors import ZooError
 from zoo.manifest import ChainDigest, Manifests
@@ -44,19 +43,13 @@ Outcome = LoadedChain | LoadFailure | Eviction
 
 
 class Residency:
-    """Weights on one device, up to `limit_bytes` (0: no limit), kept in `precision`."""
+    """Weights on one device, beside the loop; `holdings` is this thread's own."""
 
-    def __init__(
-        self,
-        zoo: Path,
-        ops: Ops,
-        limit_bytes: int,
-        load_format: LoadFormat = "auto",
-        precision: Precision = "exact",
-    ) -> None:
+    def __init__(self, zoo: Path, holdings: Holdings, load_format: LoadFormat = "auto") -> None:
         self._root = zoo
+        self._ops = ops = holdings.ops
         self._weights = open_weights(zoo, load_format, ops.device)
-        self._holdings = Holdings(ops, limit_bytes, precision)
+        self._holdings = holdings
         self._packer = packer_for(ops, zoo if load_format == "auto" else None)
         self._chains: dict[ChainId, list[Hashable]] = {}
         self._jobs: queue.SimpleQueue[Callable[[], Outcome] | None] = queue.SimpleQueue()
@@ -111,8 +104,9 @@ class Residency:
 
     def _load(self, order: Load) -> Outcome:
         try:
-            manifests = self._manifests(order)
-            loaded = load(self._holdings, self._weights, order.chain, manifests, self._packer)
+            with self._ops.loading():
+                manifests = self._manifests(order)
+                loaded = load(self._holdings, self._weights, order.chain, manifests, self._packer)
         except NoRoom as error:
             freeable = {c: self._holdings.freed_by(keys) for c, keys in self._chains.items()}
             return LoadFailure(order.chain, _failed(error), error.missing, freeable)
@@ -122,6 +116,8 @@ class Residency:
         return loaded
 
     def _evict(self, chain: ChainId, parked: bool) -> Outcome:
+        # Nothing that still runs may read memory that the next load takes.
+        self._ops.synchronize()
         before = self._holdings.resident_bytes
         self._holdings.release(self._chains.pop(chain, []))
         return Eviction(chain, before - self._holdings.resident_bytes, parked)

@@ -12,32 +12,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ext.ops import Cache, Geometry, Ops, Place, Plan
+from ext.ops import Cache, Geometry, Ops, Plan, Replays
 from workers import layers, vocabulary
-from workers.attachments import Attachments
+from workers.attachments import Attachments, Rows
 from workers.batcher import Stage, Step, Wave
-from workers.block import (
-    AttentionUnit,
-    EmbedUnit,
-    HeadUnit,
-    MlpUnit,
-    ParallelUnit,
-    ResidentUnit,
-    StitchUnit,
-)
-from workers.chains import KvShape, ServedChain
-from workers.foreign import ForeignUnit, foreign
+from workers.block import HeadUnit, ResidentUnit
+from workers.chains import KvElement, KvShape, ServedChain
 from workers.loading import LoadedChain
 from workers.memory import KvMemory
+from workers.passage import Part, Passage
 from workers.requests import Request, Requests
-from workers.wire import BlockReport, ChainId, KvDtype
+from workers.wire import BlockReport, ChainId
 
-_KV_DTYPES: dict[KvDtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_KEPT_PASSAGES = 1024
+_DTYPES: dict[KvElement, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Logits:
-    """What a wave leaves: row i of `data` [n, vocabulary], float32 in host memory, belongs to step
+    """What a wave leaves: row i of `data` [n, vocabulary], float32 on the device, belongs to step
     `steps[i]` at position `positions[i]`; rows of narrower variants end in -inf."""
 
     data: Tensor
@@ -78,15 +75,21 @@ class _Running:
 class Runner:
     """Executes waves on one device."""
 
-    def __init__(self, ops: Ops, memory: KvMemory, requests: Requests) -> None:
+    def __init__(
+        self, ops: Ops, memory: KvMemory, requests: Requests, replays: Replays | None = None
+    ) -> None:
         self._ops = ops
+        self._replays = replays
         self._memory = memory
         self._requests = requests
         self._attachments = Attachments()
         self._units: dict[ChainId, tuple[ResidentUnit, ...]] = {}
         self._unit_bytes: dict[ChainId, tuple[int, ...]] = {}
-        self._arena = ops.memory(memory.arena.total_bytes)
+        # Rows that pad a replayed batch write to a page behind the arena, of whatever shape.
+        spare = memory.arena.slab_bytes if replays is not None else 0
+        self._arena = ops.memory(memory.arena.total_bytes + spare)
         self._caches: dict[KvShape, Cache] = {}
+        self._passages: OrderedDict[tuple[int, int, ChainId, Rows], Passage] = OrderedDict()
         self.counts: OrderedDict[int, BlockCount] = OrderedDict()
         self.prepare_s = 0.0
 
@@ -101,6 +104,19 @@ class Runner:
         self._units.pop(chain, None)
         self._unit_bytes.pop(chain, None)
         self._attachments.remove(chain)
+        # What rows wore holds weights, too.
+        self._passages.clear()
+        if self._replays is not None:
+            alive = {id(unit) for units in self._units.values() for unit in units}
+            self._replays.retain(lambda name: alive.issuperset(name[2:]))
+
+    @property
+    def replays(self) -> dict[str, int]:
+        """How often steps were captured and replayed, where the kernels have that."""
+        if self._replays is None:
+            return {}
+        counts = self._replays.counts
+        return {"captured_steps": counts.captured, "replayed_steps": counts.replayed}
 
     def run(self, wave: Wave) -> list[Logits]:
         """Run a wave; KV goes to the pages, logits of the rows that need them come back."""
@@ -115,8 +131,10 @@ class Runner:
         spent: list[float] = []
         for stage in wave.stages:
             self._plan(running, stage.steps)
+            self._ops.synchronize()
             began = time.perf_counter()
             self._take(running, stage)
+            self._ops.synchronize()
             spent.append(time.perf_counter() - began)
         return spent
 
@@ -167,33 +185,59 @@ class Runner:
 
     def _pass(self, running: _Running, stage: Stage) -> None:
         """Units of a stage, over its rows of x."""
-        at = layers.Context(self._ops, running.cache, self._plan(running, stage.steps))
         # Chains that share units may be asked for at different lengths: rotary tables end there.
         chain = max((c for c, _, _ in stage.runs), key=lambda c: c.context)
-        units = self._units[chain.id]
-        rows = self._attachments.select(tuple((c.id, a, b) for c, a, b in stage.runs))
-        x = running.x(chain.width(stage.first))[stage.rows]
-        for index in range(stage.first, stage.last):
-            unit, worn = self._attachments.dress(index, chain.id, units[index], rows)
-            match unit:
-                case AttentionUnit():
-                    layers.attention(unit, x, chain.layers[index], worn, at)
-                case MlpUnit():
-                    layers.mlp(unit, x, worn, at)
-                case ParallelUnit():
-                    layers.parallel(unit, x, chain.layers[index], worn, at)
-                case ForeignUnit():
-                    layer = Place(running.cache, chain.layers[index], at.plan)
-                    foreign(unit, x, worn.linears, self._ops, layer)
-                case EmbedUnit():
-                    x = vocabulary.embed(unit, self._tokens(running.wave, stage), worn, at)
-                case StitchUnit():
-                    x = layers.stitch(unit, x, worn, at)
-                case HeadUnit():
-                    raise AssertionError("a head stands alone in its stage")
+        passage = self._passage(stage, chain)
+        at = layers.Context(self._ops, running.cache, self._plan(running, stage.steps))
+        rows = self._rows(stage)
+        if passage.embed is not None:
+            unit, worn = passage.embed
+            x = vocabulary.embed(unit, self._tokens(running.wave, stage), worn, at)
+        else:
+            x = running.x(chain.width(stage.first))[rows]
+        if not self._replay(running, stage, passage, x):
+            x = passage.run(x, at)
         made = stage.first == 0 or chain.width(stage.first) != chain.width(stage.last)
         if made or not isinstance(stage.rows, slice):
-            running.x(chain.width(stage.last))[stage.rows] = x
+            running.x(chain.width(stage.last))[rows] = x
+
+    def _passage(self, stage: Stage, chain: ServedChain) -> Passage:
+        """A stage's units as `chain` holds them, and what its rows wear."""
+        rows = self._attachments.select(tuple((c.id, a, b) for c, a, b in stage.runs))
+        key = (stage.first, stage.last, chain.id, rows)
+        passage = self._passages.get(key)
+        if passage is None:
+            units = self._units[chain.id]
+            passage = self._passages[key] = Passage(
+                [
+                    Part(
+                        units[i],
+                        *self._attachments.dress(i, chain.id, units[i], rows),
+                        chain.layers[i],
+                    )
+                    for i in range(stage.first, stage.last)
+                ]
+            )
+            if len(self._passages) > _KEPT_PASSAGES:
+                self._passages.popitem(last=False)
+        return passage
+
+    def _replay(self, running: _Running, stage: Stage, passage: Passage, x: Tensor) -> bool:
+        """Run a decode stage as a captured step, if there is such a thing for it."""
+        if self._replays is None or len(x) != len(stage.steps) or not passage.replayable:
+            return False
+        cache = running.cache
+        return self._replays.run(
+            (id(cache), passage.layer, *passage.units),
+            x,
+            (self._plan(running, stage.steps).geometry, len(cache.data) - 1),
+            passage.patches,
+            passage.step(self._ops, cache),
+        )
+
+    def _rows(self, stage: Stage) -> slice | Tensor:
+        """The rows of a stage, to index with."""
+        return stage.rows if isinstance(stage.rows, slice) else self._ops.indices(stage.rows)
 
     def _finish(self, running: _Running, stage: Stage) -> None:
         """The head, over the rows whose logits somebody wants."""
@@ -226,8 +270,8 @@ class Runner:
         at = layers.Context(self._ops, running.cache, self._plan(running, stage.steps))
         everything = len(rows) == running.wave.num_rows
         x = running.x(chain.width(stage.first))
-        x = x if everything else x[torch.tensor(rows, device=x.device)]
-        data = vocabulary.head(unit, x, worn, at).cpu()
+        x = x if everything else x[self._ops.indices(np.array(rows))]
+        data = vocabulary.head(unit, x, worn, at)
         running.logits.append(Logits(data, tuple(steps), tuple(positions)))
 
     def _tokens(self, wave: Wave, stage: Stage) -> np.ndarray:
@@ -286,12 +330,12 @@ class Runner:
             data[pages, 1, offsets] = prefix.values[first:last].to(data.dtype)
 
     def _cache(self, shape: KvShape) -> Cache:
-        """The arena seen as pages of a shape."""
+        """The arena seen as pages of a shape; where steps are replayed, one more for padding."""
         if shape not in self._caches:
-            count = self._memory.arena.total_bytes // self._memory.page_bytes(shape)
-            data = self._arena[: count * self._memory.page_bytes(shape)]
+            size = self._memory.page_bytes(shape)
+            count = self._memory.arena.total_bytes // size + (self._replays is not None)
+            data = self._arena[: count * size].view(_DTYPES[shape.element])
             page = self._memory.page
-            data = data.view(_KV_DTYPES[self._memory.dtype])
             data = data.view(count, 2, page, shape.kv_heads, shape.head_dim)
             self._caches[shape] = Cache(data, page)
         return self._caches[shape]

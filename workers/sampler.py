@@ -45,17 +45,20 @@ class Sampler:
     def choose(
         self, logits: Tensor, requests: Sequence[Request]
     ) -> tuple[list[int], dict[int, Logprobs]]:
-        """The next token of each row of logits [n, vocabulary] float32, and logprobs by row."""
+        """The next token of each row of logits [n, vocabulary] float32, and logprobs by row. The
+        rows stay on their device: only what was chosen is asked of it."""
         raw = logits
         shaped = [i for i, r in enumerate(requests) if _is_shaped(r.sampling)]
         if shaped:
             logits = logits.clone()
             for i in shaped:
                 self._shape(logits[i, : requests[i].chain.vocabulary], requests[i])
-        tokens = self._argmax(logits).tolist()
         drawn = [i for i, r in enumerate(requests) if r.sampling.temperature > 0]
+        everything = len(drawn) == len(requests)
+        tokens: list[int] = [0] * len(drawn) if everything else self._argmax(logits).tolist()
         if drawn:
-            chosen = _draw(logits[drawn], [requests[i] for i in drawn])
+            rows = logits if everything else logits[drawn]
+            chosen = _draw(rows, [requests[i] for i in drawn])
             for i, token in zip(drawn, chosen, strict=True):
                 tokens[i] = token
         wanted = [i for i, r in enumerate(requests) if r.sampling.logprobs >= 0]
@@ -69,17 +72,17 @@ class Sampler:
         """Apply bias, allowed tokens, minimum length and penalties to a row, in place."""
         s = request.sampling
         if s.allowed_token_ids:
-            kept = torch.tensor(s.allowed_token_ids)
+            kept = torch.tensor(s.allowed_token_ids, device=row.device)
             values = row[kept].clone()
             row.fill_(-torch.inf)
             row[kept] = values
         if s.logit_bias:
             ids, values = zip(*s.logit_bias, strict=True)
-            row[torch.tensor(ids)] += torch.tensor(values)
+            row[torch.tensor(ids, device=row.device)] += torch.tensor(values, device=row.device)
         if request.outputs < s.min_tokens and s.stop_token_ids:
             row[[token for token in s.stop_token_ids if token < len(row)]] = -torch.inf
         if _has_penalties(s):
-            counts = self._count(request, len(row))
+            counts = self._count(request, row)
             if s.repetition_penalty != 1.0:
                 seen = (counts.output > 0) | counts.prompt
                 scaled = torch.where(
@@ -89,17 +92,18 @@ class Sampler:
             row -= s.frequency_penalty * counts.output
             row -= s.presence_penalty * (counts.output > 0)
 
-    def _count(self, request: Request, vocabulary: int) -> _Counts:
+    def _count(self, request: Request, row: Tensor) -> _Counts:
         counts = self._counts.get(request.id)
         if counts is None:
             prompt = request.length - request.outputs
-            own = request.tokens[request.chain.virtual : prompt].astype(np.int64)
-            seen = torch.zeros(vocabulary, dtype=torch.bool)
-            seen[torch.from_numpy(own)] = True
-            counts = _Counts(torch.zeros(vocabulary), seen, prompt)
+            own = torch.from_numpy(request.tokens[request.chain.virtual : prompt].astype(np.int64))
+            seen = torch.zeros(len(row), dtype=torch.bool, device=row.device)
+            seen[own.to(row.device)] = True
+            counts = _Counts(torch.zeros(len(row), device=row.device), seen, prompt)
             self._counts[request.id] = counts
         new = torch.from_numpy(request.tokens[counts.upto : request.length].astype(np.int64))
-        counts.output.index_add_(0, new, torch.ones(len(new)))
+        ones = torch.ones(len(new), device=row.device)
+        counts.output.index_add_(0, new.to(row.device), ones)
         counts.upto = request.length
         return counts
 
@@ -122,55 +126,72 @@ def uniform(seed: int, number: int) -> float:
 def _draw(logits: Tensor, requests: Sequence[Request]) -> list[int]:
     """Sample each row at its temperature and limits."""
     s = [r.sampling for r in requests]
-    temperatures = torch.tensor([x.temperature for x in s])[:, None]
-    probabilities = torch.softmax(logits / temperatures, dim=1)
+    probabilities = torch.softmax(logits / _column([x.temperature for x in s], logits), dim=1)
     draws = [uniform(r.sampling.seed, r.outputs) for r in requests]
-    min_p = torch.tensor([x.min_p for x in s])[:, None]
-    if bool((min_p > 0).any()):
-        floor = probabilities.amax(1, keepdim=True) * min_p
+    if any(x.min_p > 0 for x in s):
+        floor = probabilities.amax(1, keepdim=True) * _column([x.min_p for x in s], logits)
         probabilities = probabilities.masked_fill(probabilities < floor, 0.0)
     limited = [i for i, x in enumerate(s) if x.top_k > 0 or x.top_p < 1.0]
-    free = [i for i in range(len(s)) if i not in set(limited)]
+    free = [i for i, x in enumerate(s) if x.top_k <= 0 and x.top_p >= 1.0]
     tokens = [0] * len(s)
-    if free:
-        for i, token in zip(
-            free, _invert(probabilities[free], [draws[i] for i in free]), strict=True
-        ):
-            tokens[i] = token
-    for i in limited:
-        tokens[i] = _draw_limited(probabilities[i], s[i], draws[i])
+    for some, draw in ((free, _draw_free), (limited, _draw_limited)):
+        if some:
+            rows = probabilities if len(some) == len(s) else probabilities[some]
+            chosen = draw(rows, [s[i] for i in some], [draws[i] for i in some])
+            for i, token in zip(some, chosen, strict=True):
+                tokens[i] = token
     return tokens
 
 
-def _draw_limited(row: Tensor, s: Sampling, draw: float) -> int:
-    """Sample from the top_k best and, of these, the fewest that hold top_p of the mass."""
-    vocabulary = len(row)
-    count = min(s.top_k or vocabulary, vocabulary)
-    head = min(count, _CANDIDATES)
-    values, ids = torch.topk(row, head)
-    if head < count and float(values.sum()) < s.top_p * float(row.sum()):
-        values, ids = torch.topk(row, count)
-    mass = values.sum() if s.top_k else row.sum()
-    if s.top_p < 1.0:
-        before = torch.cumsum(values, 0) - values
-        kept = int((before < s.top_p * mass).sum())
-        values, ids = values[: max(1, kept)], ids[: max(1, kept)]
-    return int(ids[_invert(values[None], [draw])[0]])
+def _draw_free(rows: Tensor, _: Sequence[Sampling], draws: Sequence[float]) -> list[int]:
+    """Sample each row from all it has."""
+    return _invert(rows, draws).tolist()
 
 
-def _invert(weights: Tensor, draws: Sequence[float]) -> list[int]:
-    """Index of each row of weights [n, m] >= 0 whose share of the sum holds the draw."""
+def _draw_limited(rows: Tensor, s: Sequence[Sampling], draws: Sequence[float]) -> list[int]:
+    """Sample each row from its top_k best and, of these, the fewest that hold top_p of the mass."""
+    vocabulary = rows.shape[1]
+    counts = [min(x.top_k or vocabulary, vocabulary) for x in s]
+    most = max(counts)
+    limits = torch.tensor(counts, device=rows.device)[:, None]
+    wanted = _column([x.top_p for x in s], rows)
+    sums = rows.sum(1, keepdim=True)
+    values, ids = torch.topk(rows, min(most, _CANDIDATES))
+    if most > _CANDIDATES:
+        # Few rows need more than the first candidates; what the others get is not to depend on it.
+        short = values.sum(1, keepdim=True) < wanted * sums
+        if bool((short & (limits > _CANDIDATES)).any()):
+            values, ids = torch.topk(rows, most)
+        limits = torch.where(short, limits, limits.clamp(max=_CANDIDATES))
+    place = torch.arange(values.shape[1], device=rows.device)
+    values = values.masked_fill(place >= limits, 0.0)
+    through = torch.cumsum(values, 1)
+    has_top_k = torch.tensor([x.top_k > 0 for x in s], device=rows.device)[:, None]
+    mass = torch.where(has_top_k, through[:, -1:], sums)
+    # The best is always one of them; a top_p of 1 ends nothing.
+    over = (through - values >= wanted * mass) & (wanted < 1.0) & (place > 0)
+    found = _invert(values.masked_fill(over, 0.0), draws)
+    return ids.gather(1, found[:, None])[:, 0].tolist()
+
+
+def _invert(weights: Tensor, draws: Sequence[float]) -> Tensor:
+    """Index of each row of weights [n, m] >= 0 whose share of the sum holds the draw: int64 [n]."""
     sums = torch.cumsum(weights.double(), 1)
-    targets = torch.tensor(draws, dtype=torch.float64)[:, None] * sums[:, -1:]
-    found = torch.searchsorted(sums, targets, right=True)[:, 0]
+    targets = torch.tensor(draws, dtype=torch.float64, device=weights.device)[:, None]
+    found = torch.searchsorted(sums, targets * sums[:, -1:], right=True)[:, 0]
     last = weights.shape[1] - 1 - (weights > 0).flip(1).int().argmax(1)
-    return torch.minimum(found, last).tolist()
+    return torch.minimum(found, last)
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    """A value for each row, float32 [n, 1]."""
+    return torch.tensor(values, device=like.device)[:, None]
 
 
 def logprobs_of(logits: Tensor, tokens: Sequence[int], best: int) -> list[Logprobs]:
     """Natural-log probabilities of `tokens` under logits [n, vocabulary], with the `best` best."""
     logs = torch.log_softmax(logits, dim=1)
-    own = logs.gather(1, torch.tensor(tokens)[:, None])
+    own = logs.gather(1, torch.tensor(tokens, device=logs.device)[:, None])
     ranks = ((logs > own).sum(1) + 1).tolist()
     values, ids = torch.topk(logs, best, dim=1) if best else (logs[:, :0], logs[:, :0])
     return [

@@ -59,9 +59,11 @@ class Hop(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=Tr
 class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a worker process is started with (JSON on its command line).
 
-    `kv_bytes` and `weight_bytes` are ceilings; 0 lets the worker choose from what the device has.
+    `kv_bytes` and `weight_bytes` are ceilings; 0 lets the worker choose from what the device has:
+    on a GPU `memory_utilization` is the share of its memory for both together.
     `max_rows` is the token budget of one wave (decode rows first, the rest prefill); 0: what suits
-    the device. `kv_dtype` "auto" is the exact one. `load_format` "dummy" makes weights up.
+    the device. `kv_dtype` "auto" is the exact one; on CUDA it is that of the weights. `load_format`
+    "dummy" makes weights up.
     """
 
     name: str
@@ -76,6 +78,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kv_dtype: KvDtype | Literal["auto"] = "auto"
     weights: Precision = "exact"
     weight_bytes: int = 0
+    memory_utilization: float = 0.9
     max_sequences: int = 256
     max_rows: int = 0
     prefix_cache: bool = True
@@ -156,7 +159,7 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello", forbid_un
     weight_bytes: int
     page: int
     max_sequences: int
-    kv_dtype: KvDtype = "float32"
+    kv_dtype: KvDtype | Literal["auto"] = "float32"
     weights: Precision = "exact"
 
 
@@ -265,7 +268,11 @@ class Status(
 
     `counters` are monotone sums by name (prefix_hit_tokens, prefix_query_tokens, shared_pages,
     evicted_pages, prompt_tokens, output_tokens, dropped_messages, boundary_tokens ...);
-    `seconds` are sums of time by name (ops, wait, prepare, sample, send, total).
+    `seconds` are sums of time by name (ops, wait, prepare, sample, send, total); on a GPU `ops` is
+    the time to queue the work, and `sample` has the wait for it. `device` is the
+    device's own last reading by name (utilization 0 to 1, memory_used_bytes, memory_total_bytes,
+    power_w, temperature_c, pcie_sent_bytes_per_s, nvlinks ...), as far as it tells; the host's
+    where the device is a CPU.
     """
 
     steps: int

@@ -9,15 +9,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import psutil
 import torch
 
 from ext.ops import Ops
+from ext.select import select_replays
 from workers import wire
 from workers.batcher import Group, Step, arrange, decide
 from workers.chains import Chains, ServedChain
+from workers.gauge import Reading
+from workers.holdings import Holdings
 from workers.loading import LoadedChain
 from workers.memory import KvMemory
 from workers.pages import Arena
@@ -47,26 +51,28 @@ class Clock:
 
 
 class Worker:
-    """All of a worker but its sockets: commands in, reports out, `step` in between."""
+    """All of a worker but its sockets: commands in, reports out, `step` in between. `read` gives
+    the device's last reading."""
 
-    def __init__(self, config: wire.WorkerConfig, ops: Ops, send: Send) -> None:
+    def __init__(
+        self,
+        config: wire.WorkerConfig,
+        ops: Ops,
+        send: Send,
+        read: Callable[[], Reading] = dict,
+    ) -> None:
         self.config = config
+        self._read = read
         self._ops = ops
         self._send = send
         arena = Arena(config.kv_bytes)
-        self._memory = KvMemory(
-            arena,
-            page=config.page,
-            dtype="float32" if config.kv_dtype == "auto" else config.kv_dtype,
-            max_sequences=config.max_sequences,
-        )
+        self._memory = KvMemory(arena, page=config.page, max_sequences=config.max_sequences)
         self._cache = PrefixCache()
         self._requests = Requests(self._memory, self._cache, use_prefixes=config.prefix_cache)
         self._chains = Chains(config.max_rows)
-        self._runner = Runner(ops, self._memory, self._requests)
-        self._residency = Residency(
-            Path(config.zoo), ops, config.weight_bytes, config.load_format, config.weights
-        )
+        self._runner = Runner(ops, self._memory, self._requests, select_replays(ops))
+        holdings = Holdings(ops, config.weight_bytes, config.weights, config.kv_dtype)
+        self._residency = Residency(Path(config.zoo), holdings, config.load_format)
         self._provision = Provision(self._chains, self._runner, self._residency, send)
         self._sampler = Sampler(ops.argmax)
         self._opened: dict[wire.RequestId, wire.Open] = {}
@@ -105,9 +111,15 @@ class Worker:
             weight_bytes=self.config.weight_bytes,
             page=self.config.page,
             max_sequences=self.config.max_sequences,
-            kv_dtype=self._memory.dtype,
+            kv_dtype=self._kv_dtype(),
             weights=self.config.weights,
         )
+
+    def _kv_dtype(self) -> wire.KvDtype | Literal["auto"]:
+        """What pages hold; "auto": on CUDA what a chain's weights are."""
+        if self.config.kv_dtype == "auto" and self._ops.name != "cuda":
+            return "float32"
+        return self.config.kv_dtype
 
     def close(self) -> None:
         """End what runs beside the loop."""
@@ -325,6 +337,7 @@ class Worker:
                 "shared_pages": requests.shared_pages,
                 "evicted_pages": self._cache.evicted_pages,
                 "parked_chains": self._provision.parked_times,
+                **self._runner.replays,
             },
             seconds={
                 "ops": self.clock.ops,
@@ -336,6 +349,7 @@ class Worker:
                 "total": time.perf_counter() - self.clock.started,
             },
             blocks=self._blocks(),
+            device=self._read(),
         )
 
     def _blocks(self) -> tuple[wire.BlockReport, ...]:

@@ -36,6 +36,13 @@ def census(root: Path, element_bytes: int) -> Census:
     return Census(residents, sizes, context)
 
 
+def weigh(root: Path) -> int:
+    """Bytes of the distinct tensors of all that is served. Raises ZooError."""
+    counted = census(root, 0)
+    tensors = {digest for resident in counted.residents for digest in resident.tensors}
+    return sum(counted.sizes[digest] for digest in tensors)
+
+
 def kv_bytes(unit: Unit, element_bytes: int) -> int:
     """Bytes of keys and values that a unit keeps per position."""
     attention = attention_of(unit.spec)

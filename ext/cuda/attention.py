@@ -53,7 +53,8 @@ def _head(
     return x, other
 
 
-@triton.jit
+# What changes from batch to batch, sizes and places in a plan's buffer, compiles no kernel anew.
+@triton.jit(do_not_specialize=["row_sequence", "row_position", "tables", "table_stride"])
 def append(
     q,
     k,
@@ -128,7 +129,7 @@ def append(
             tl.store(target, x.to(cache.dtype.element_ty), mask=d < DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "tables", "longest", "table_stride", "window", "num_rows"])
 def attend(
     q,
     cache,
@@ -230,7 +231,7 @@ def attend(
         tl.store(out + at[:, None] * DIM + d[None, :], acc.to(out.dtype.element_ty), mask=store)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["singles", "spans", "num_rows"])
 def combine(
     partial,
     maxima,

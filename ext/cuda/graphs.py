@@ -6,13 +6,15 @@ are captured when first wanted, share one memory pool, and leave by least recent
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor
 
-from ext.cuda.patches import Prepared, Round, Slots, prepare_patch
+from ext.cuda.parcel import Parcel
+from ext.cuda.patches import Form, as_prepared, drafted, room
 from ext.cuda.plan import CudaPlan, Layout, StaticPlan
 from ext.ops import Geometry, Patch
 
@@ -21,182 +23,139 @@ _FEWEST_PAGES = 16
 
 # Some units over activations x [rows, hidden], in place, with one patch for each linear of theirs.
 Step = Callable[[Tensor, CudaPlan, Sequence[Patch | None]], None]
-# What of a patch is part of a graph: rank and precision of each round, and whether rows have slots.
-Form = tuple[tuple[tuple[int, torch.dtype], ...], bool] | None
+Forms = tuple[Form | None, ...]
 
 
-@dataclass(eq=False, slots=True)
 class _Captured:
-    """A step at fixed addresses; `loaded` are the patches that lie there now."""
+    """A step at fixed addresses, over a blank batch until one is loaded."""
 
-    x: Tensor
-    plan: StaticPlan
-    patches: list[Patch | None]
-    replay: Callable[[], None]
-    loaded: tuple[Patch | None, ...] = field(default=())
+    def __init__(
+        self, hidden: int, layout: Layout, scratch: int, forms: Forms, device: torch.device
+    ) -> None:
+        self.x = torch.zeros((layout.rows, hidden), dtype=torch.float32, device=device)
+        self.plan = StaticPlan(layout, scratch, device)
+        rooms = [[] if form is None else room(form, layout.rows) for form in forms]
+        self._parcel = Parcel([spec for specs in rooms for spec in specs], device)
+        self._loaded: tuple[Patch | None, ...] | None = None
+        self.patches: list[Patch | None] = []
+        self.replay: Callable[[], None] = _not_captured
+        arrays = iter(self._parcel.outside)
+        for form, specs in zip(forms, rooms, strict=True):
+            own = list(islice(arrays, len(specs)))
+            self.patches.append(None if form is None else Patch((), (), as_prepared(form, own)))
+
+    def load(self, x: Tensor, geometry: Geometry, patches: Sequence[Patch | None]) -> None:
+        """Put a batch where the step reads it."""
+        rows = len(x)
+        self.x[:rows].copy_(x)
+        self.x[rows:].zero_()
+        self.plan.load(geometry)
+        given = tuple(patches)
+        # Patches are compared as objects: a caller keeps them while the same rows decode.
+        if self._loaded is not None and all(map(_is, given, self._loaded)):
+            return
+        self._loaded = given
+        self._parcel.clear()
+        places = iter(self._parcel.inside)
+        for patch in given:
+            for array in () if patch is None else drafted(patch, rows).arrays:
+                next(places)[: len(array)] = array
+        self._parcel.send()
+
+    def run(self, step: Step) -> None:
+        """The step itself, launch by launch."""
+        step(self.x, self.plan.plan, self.patches)
 
 
+@dataclass(slots=True)
+class Counts:
+    """How often steps were captured, and how often one was replayed."""
+
+    captured: int = 0
+    replayed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Key:
+    units: tuple[int, ...]
+    layout: Layout
+    scratch: int
+    forms: Forms
+
+
+@dataclass(eq=False)
 class Graphs:
-    """Captured decode steps of one device; at most `capacity` of them are kept."""
+    """Captured decode steps of one device; at most `capacity` of them are kept. See
+    `ext.ops.Replays`."""
 
-    def __init__(self, device: torch.device, capacity: int = 64) -> None:
-        self._device = device
-        self._capacity = capacity
-        self._kept: OrderedDict[Hashable, _Captured] = OrderedDict()
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+    device: torch.device
+    capacity: int = 64
+    counts: Counts = field(default_factory=Counts)
+
+    def __post_init__(self) -> None:
+        self._kept: OrderedDict[_Key, _Captured] = OrderedDict()
+        self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def run(
         self,
-        units: Hashable,
+        units: tuple[int, ...],
         x: Tensor,
         batch: tuple[Geometry, int],
         patches: Sequence[Patch | None],
         step: Step,
     ) -> bool:
-        """Run `step` on x [rows, hidden], in place, for a decode batch (its geometry and the page
-        that padding may use). False, and nothing done, if the batch is larger than any bucket.
-
-        `units` names what `step` computes: equal names, equal steps."""
+        """See `ext.ops.Replays.run`."""
         geometry, scratch = batch
-        rows = len(x)
-        bucket = next((b for b in BUCKETS if b >= rows), None)
+        bucket = next((b for b in BUCKETS if b >= len(x)), None)
         if bucket is None:
             return False
         _, layers, used = geometry.tables.shape
         pages = max(_FEWEST_PAGES, 1 << (used - 1).bit_length())
-        prepared = [None if p is None else self._prepared(p, rows) for p in patches]
-        forms = tuple(_form(p) for p in prepared)
-        key = (units, bucket, layers, pages, scratch, forms)
+        forms = tuple(None if p is None else drafted(p, len(x)).form for p in patches)
+        layout = Layout(bucket, bucket, bucket, layers, pages)
+        key = _Key(units, layout, scratch, forms)
         captured = self._kept.get(key)
         if captured is None:
-            layout = Layout(bucket, bucket, bucket, layers, pages)
-            captured = self._blank(x.shape[1], layout, scratch, forms)
-        _load(captured, x, geometry, patches, prepared)
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            captured.replay()
-        else:
-            # The first batch runs as it is, which also compiles the kernels that will be captured.
-            step(captured.x, captured.plan.plan, captured.patches)
+            captured = _Captured(x.shape[1], layout, scratch, forms, self.device)
+            captured.load(x, geometry, patches)
+            # The first batch runs as it is, which also compiles the kernels to be captured.
+            captured.run(step)
             captured.replay = self._capture(captured, step)
-            self._kept[key] = captured
-            if len(self._kept) > self._capacity:
-                self._kept.popitem(last=False)
-        x.copy_(captured.x[:rows])
+            self._keep(key, captured)
+        else:
+            self._kept.move_to_end(key)
+            captured.load(x, geometry, patches)
+            captured.replay()
+            self.counts.replayed += 1
+        x.copy_(captured.x[: len(x)])
         return True
 
-    def _prepared(self, patch: Patch, rows: int) -> Prepared:
-        if patch.prepared is None:
-            patch.prepared = prepare_patch(patch, rows, self._device)
-        return patch.prepared
+    def retain(self, keeps: Callable[[tuple[int, ...]], bool]) -> None:
+        """See `ext.ops.Replays.retain`."""
+        for key in [key for key in self._kept if not keeps(key.units)]:
+            del self._kept[key]
 
-    def _blank(
-        self, hidden: int, layout: Layout, scratch: int, forms: tuple[Form, ...]
-    ) -> _Captured:
-        x = torch.zeros((layout.rows, hidden), dtype=torch.float32, device=self._device)
-        plan = StaticPlan(layout, scratch, self._device)
-        patches = [None if f is None else _blank_patch(f, layout.rows, self._device) for f in forms]
-        return _Captured(x, plan, patches, _not_captured)
+    def _keep(self, key: _Key, captured: _Captured) -> None:
+        self.counts.captured += 1
+        self._kept[key] = captured
+        if len(self._kept) > self.capacity:
+            self._kept.popitem(last=False)
 
     def _capture(self, captured: _Captured, step: Step) -> Callable[[], None]:
-        def run() -> None:
-            step(captured.x, captured.plan.plan, captured.patches)
-
         if self._pool is None:
-            return run
+            return lambda: captured.run(step)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            run()
+        # Another thread may be loading weights meanwhile: its calls are no part of this.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            captured.run(step)
         return graph.replay
 
 
-def _load(
-    captured: _Captured,
-    x: Tensor,
-    geometry: Geometry,
-    patches: Sequence[Patch | None],
-    prepared: Sequence[Prepared | None],
-) -> None:
-    """Put a batch where the captured step reads it."""
-    captured.x.zero_()
-    captured.x[: len(x)].copy_(x)
-    captured.plan.load(geometry)
-    same = len(patches) == len(captured.loaded) and all(
-        a is b for a, b in zip(patches, captured.loaded, strict=True)
-    )
-    if same:
-        return
-    cleared: list[Tensor] = []
-    targets: list[Tensor] = []
-    sources: list[Tensor] = []
-    for fixed, source in zip(captured.patches, prepared, strict=True):
-        if fixed is None or source is None:
-            continue
-        for whole, part in _pairs(fixed.prepared, source):
-            cleared.append(whole)
-            targets.append(whole[: len(part)])
-            sources.append(part)
-    if cleared:
-        # A few launches for all of them; torch has no public name for these.
-        torch._foreach_zero_(cleared)  # pyright: ignore[reportPrivateImportUsage]
-        torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
-    captured.loaded = tuple(patches)
-
-
-def _pairs(fixed: Prepared, source: Prepared) -> list[tuple[Tensor, Tensor]]:
-    pairs: list[tuple[Tensor, Tensor]] = []
-    for ours, theirs in zip(fixed.rounds, source.rounds, strict=True):
-        pairs += [
-            (ours.tiles, theirs.tiles),
-            (ours.pointers, theirs.pointers),
-            (ours.ranks, theirs.ranks),
-            (ours.scales, theirs.scales),
-        ]
-    if fixed.slots is not None and source.slots is not None:
-        pairs += [
-            (fixed.slots.rows, source.slots.rows),
-            (fixed.slots.first, source.slots.first),
-            (fixed.slots.second, source.slots.second),
-        ]
-    return pairs
-
-
-def _form(prepared: Prepared | None) -> Form:
-    if prepared is None:
-        return None
-    rounds = tuple((part.rank, part.dtype) for part in prepared.rounds)
-    return rounds, prepared.slots is not None
-
-
-def _blank_patch(
-    form: tuple[tuple[tuple[int, torch.dtype], ...], bool], rows: int, device: torch.device
-) -> Patch:
-    """A patch with room for a segment of its own for every row; it does nothing yet."""
-    rounds, slotted = form
-
-    def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=device)
-
-    made = tuple(
-        Round(
-            tiles=zeros(rows, 3),
-            count=rows,
-            pointers=zeros(rows, 2, dtype=torch.int64),
-            ranks=zeros(rows),
-            scales=zeros(rows, dtype=torch.float32),
-            rank=rank,
-            dtype=dtype,
-        )
-        for rank, dtype in rounds
-    )
-    slots = None
-    if slotted:
-        addresses = [zeros(rows + 1, dtype=torch.int64) for _ in range(2)]
-        slots = Slots(zeros(rows), *addresses)
-    return Patch((), (), Prepared(made, slots, ()))
+def _is(one: object, other: object) -> bool:
+    return one is other
 
 
 def _not_captured() -> None:

@@ -11,7 +11,7 @@ import triton.language as tl
 TILE_ROWS = 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def shrink(
     x,
     width,
@@ -61,7 +61,7 @@ def shrink(
     tl.store(shrunk + (place + r)[:, None] * RANK + j[None, :], acc)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def expand(
     shrunk,
     out,

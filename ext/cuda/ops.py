@@ -8,6 +8,7 @@ captured as a graph. Under Triton's interpreter the same kernels run on a CPU, f
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,19 +19,20 @@ import triton.language as tl
 from torch import Tensor
 
 from ext.cuda import lora, paged, pointwise
-from ext.cuda.patches import Prepared, Round, Slots, prepare_norm, prepare_patch
-from ext.cuda.plan import CudaPlan, make_plan
+from ext.cuda.parcel import to_device
+from ext.cuda.patches import Round, Slots, prepare_norm, prepared
+from ext.cuda.plan import CudaPlan
+from ext.cuda.staging import Staging
 from ext.ops import (
     Activation,
     Attention,
-    Detour,
     Geometry,
     Linear,
     Norm,
     Patch,
     Place,
-    RowGain,
 )
+from ext.plain import DenseMatrix, PlainOps
 from ext.quantize import Quantized
 
 # Triton's kernels take what a launch gives them; their signatures say nothing of it.
@@ -39,36 +41,9 @@ _pointwise: Any = pointwise
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
-_CURVES = {
-    "relu": F.relu,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "tanh": torch.tanh,
-    "none": lambda x: x,
-}
 _BLOCK = 1024
 _SHRINK_PARTS = 8
 _KEPT_NORMS = 4096
-
-
-@dataclass(eq=False, slots=True)
-class CudaMatrix:
-    """A resident weight [out, in] in its stored precision; `data` is contiguous."""
-
-    data: Tensor
-
-    @property
-    def out_features(self) -> int:
-        return self.data.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        return self.data.shape[1]
-
-    @property
-    def nbytes(self) -> int:
-        return self.data.numel() * self.data.element_size()
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,29 +54,27 @@ class CudaRotary:
     interleaved: bool
 
 
-class CudaOps:
+class CudaOps(PlainOps):
     """See `ext.ops.Ops`. `device` is a CUDA device, or "cpu" under Triton's interpreter."""
 
     name = "cuda"
 
     def __init__(self, device: str = "cuda") -> None:
-        self.device = torch.device(device)
+        super().__init__(device)
+        self._staging = Staging(self.device) if self.device.type == "cuda" else None
         self._programs = 2 * _multiprocessors(self.device)
-        self._norms: OrderedDict[tuple[int, int], tuple[Norm, Slots]] = OrderedDict()
+        self._norms: OrderedDict[tuple[int, int, int], tuple[Norm, Slots]] = OrderedDict()
 
-    def matrix(self, weight: Tensor, *, transposed: bool = False) -> CudaMatrix:
-        weight = weight.t() if transposed else weight
-        return CudaMatrix(weight.to(self.device, copy=True).contiguous())
+    def loading(self) -> AbstractContextManager[None]:
+        return super().loading() if self._staging is None else self._staging.loading()
 
-    def coded(self, weight: Quantized) -> CudaMatrix:
+    def matrix(self, weight: Tensor, *, transposed: bool = False) -> DenseMatrix:
+        data = weight.clone() if self._staging is None else self._staging.copy(weight)
+        return DenseMatrix(data.t().contiguous() if transposed else data.contiguous())
+
+    def coded(self, weight: Quantized) -> DenseMatrix:
         """Right, but in the memory of float32: no kernel here reads codes."""
         return self.matrix(weight.dense())
-
-    def vector(self, weight: Tensor) -> Tensor:
-        return weight.to(self.device, torch.float32, copy=True).contiguous()
-
-    def factor(self, weight: Tensor) -> Tensor:
-        return weight.to(self.device, copy=True).contiguous()
 
     def rotary(
         self, inverse_frequencies: Sequence[float], factor: float, interleaved: bool, positions: int
@@ -111,24 +84,22 @@ class CudaOps:
         table = torch.stack((angles.cos() * factor, angles.sin() * factor), 1)
         return CudaRotary(table.contiguous().to(self.device), interleaved)
 
-    def memory(self, nbytes: int) -> Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+    def indices(self, rows: np.ndarray) -> Tensor:
+        return to_device(rows.astype(np.int64, copy=False), self.device)
 
     def plan(self, geometry: Geometry) -> CudaPlan:
-        return make_plan(geometry, self.device)
+        return CudaPlan(geometry, self.device)
 
     def embed(
         self,
         tokens: np.ndarray,
-        table: CudaMatrix,
+        table: DenseMatrix,
         scale: float,
-        positions: CudaMatrix | None,
+        positions: DenseMatrix | None,
         plan: CudaPlan,
         offset: int,
     ) -> Tensor:
-        host = torch.from_numpy(np.ascontiguousarray(tokens, dtype=np.int64))
-        ids = host.pin_memory() if self.device.type == "cuda" else host
-        x = F.embedding(ids.to(self.device, non_blocking=True), table.data).float()
+        x = F.embedding(self.indices(tokens), table.data).float()
         if scale != 1.0:
             x *= scale
         if positions is not None:
@@ -144,31 +115,19 @@ class CudaOps:
         linears: Sequence[Linear],
         patches: Sequence[Patch | None],
     ) -> list[Tensor]:
-        storage = linears[0].weight.data.dtype  # pyright: ignore[reportAttributeAccessIssue]
-        rows = self._normed(x, norm, storage) if norm is not None else x
+        rows = self._normed(x, norm, _storage(linears[0])) if norm is not None else x
         outs: list[Tensor] = []
         for linear, patch in zip(linears, patches, strict=True):
             y = self._multiply(rows, linear, patch)
-            slots = self._prepared(patch, len(x)).slots if patch is not None else None
+            slots = prepared(patch, len(x), self.device).slots if patch is not None else None
             if linear.bias is not None or slots is not None:
                 self._finish(y, y, linear.bias, slots, add=False)
             outs.append(y)
         return outs
 
-    def project_gated(
-        self,
-        x: Tensor,
-        norm: Norm | None,
-        linears: Sequence[Linear],
-        patches: Sequence[Patch | None],
-        kind: Activation,
-    ) -> Tensor:
-        gate, up = self.project(x, norm, linears, patches)
-        return self.activate(gate, up, kind)
-
     def accumulate(self, x: Tensor, y: Tensor, linear: Linear, patch: Patch | None) -> None:
         z = self._multiply(y, linear, patch)
-        slots = self._prepared(patch, len(x)).slots if patch is not None else None
+        slots = prepared(patch, len(x), self.device).slots if patch is not None else None
         if linear.bias is None and slots is None:
             x += z
         else:
@@ -177,15 +136,16 @@ class CudaOps:
     def add_norm(self, x: Tensor, y: Tensor, norm: Norm) -> None:
         self._norm_into(y, x, norm, add=True)
 
-    def _normed(self, x: Tensor, norm: Norm, storage: torch.dtype) -> Tensor:
+    def _normed(self, x: Tensor, norm: Norm, storage: torch.dtype, each: int = 1) -> Tensor:
         out = torch.empty(x.shape, dtype=storage, device=self.device)
-        self._norm_into(x, out, norm, add=False)
+        self._norm_into(x, out, norm, each, add=False)
         return out
 
-    def _norm_into(self, x: Tensor, out: Tensor, norm: Norm, *, add: bool) -> None:
+    def _norm_into(self, x: Tensor, out: Tensor, norm: Norm, each: int = 1, *, add: bool) -> None:
+        """Norm rows of x, of which a row of the batch is `each`."""
         if len(x) == 0:
             return
-        slots = self._norm_slots(norm, len(x)) if norm.rows else None
+        slots = self._norm_slots(norm, len(x), each) if norm.rows else None
         bias = norm.bias
         _pointwise.norm_rows[(len(x),)](
             x,
@@ -204,11 +164,11 @@ class CudaOps:
             WIDTH_PAD=1 << (x.shape[1] - 1).bit_length(),
         )
 
-    def _norm_slots(self, norm: Norm, rows: int) -> Slots:
+    def _norm_slots(self, norm: Norm, rows: int, each: int) -> Slots:
         """Row slots of a norm: made once while the caller keeps the norm for its arrangement."""
-        key = (id(norm), rows)
+        key = (id(norm), rows, each)
         if key not in self._norms:
-            self._norms[key] = (norm, prepare_norm(norm, rows, self.device))
+            self._norms[key] = (norm, prepare_norm(norm, rows, each, self.device))
             if len(self._norms) > _KEPT_NORMS:
                 self._norms.popitem(last=False)
         return self._norms[key][1]
@@ -218,14 +178,9 @@ class CudaOps:
         weight: Tensor = linear.weight.data  # pyright: ignore[reportAttributeAccessIssue]
         y = _product(x, weight)
         if patch is not None:
-            for part in self._prepared(patch, len(x)).rounds:
+            for part in prepared(patch, len(x), self.device).rounds:
                 self._low_rank(x, y, part)
         return y
-
-    def _prepared(self, patch: Patch, rows: int) -> Prepared:
-        if patch.prepared is None:
-            patch.prepared = prepare_patch(patch, rows, self.device)
-        return patch.prepared
 
     def _low_rank(self, x: Tensor, y: Tensor, part: Round) -> None:
         width, out = x.shape[1], y.shape[1]
@@ -303,15 +258,28 @@ class CudaOps:
 
     def _head_norm(self, x: Tensor, norm: Norm, dim: int) -> Tensor:
         heads = x.shape[1] // dim
-        rows = tuple(
-            replace(own, first=own.first * heads, last=own.last * heads) for own in norm.rows
-        )
-        flat = self._normed(x.reshape(-1, dim), replace(norm, rows=rows), torch.float32)
-        return flat.view(x.shape)
+        return self._normed(x.reshape(-1, dim), norm, torch.float32, heads).view(x.shape)
+
+    def project_gated(
+        self,
+        x: Tensor,
+        norm: Norm | None,
+        linears: Sequence[Linear],
+        patches: Sequence[Patch | None],
+        kind: Activation,
+    ) -> Tensor:
+        gate, up = self.project(x, norm, linears, patches)
+        # The product that follows reads it in this precision.
+        return self._activated(gate, up, kind, _storage(linears[0]))
 
     def activate(self, gate: Tensor | None, up: Tensor, kind: Activation) -> Tensor:
+        return self._activated(gate, up, kind, torch.float32)
+
+    def _activated(
+        self, gate: Tensor | None, up: Tensor, kind: Activation, dtype: torch.dtype
+    ) -> Tensor:
         up = up.contiguous()
-        out = torch.empty(up.shape, dtype=torch.float32, device=self.device)
+        out = torch.empty(up.shape, dtype=dtype, device=self.device)
         if up.numel() == 0:
             return out
         _pointwise.activate[(-(-up.numel() // _BLOCK),)](
@@ -325,20 +293,10 @@ class CudaOps:
         )
         return out
 
-    def scale(self, x: Tensor, gains: Sequence[RowGain]) -> None:
-        for gain in gains:
-            x[gain.first : gain.last] *= gain.vector
 
-    def detour(self, x: Tensor, z: Tensor, detours: Sequence[Detour]) -> None:
-        for d in detours:
-            (inner,) = self.project(z[d.first : d.last], None, (d.down,), (None,))
-            (out,) = self.project(_CURVES[d.activation](inner), None, (d.up,), (None,))
-            x[d.first : d.last] += out * d.scale
-
-    def argmax(self, logits: Tensor) -> Tensor:
-        best = logits.amax(1, keepdim=True)
-        ids = torch.arange(logits.shape[1], device=logits.device)
-        return torch.where(logits == best, ids, logits.shape[1]).amin(1)
+def _storage(linear: Linear) -> torch.dtype:
+    """The precision of a linear's weights, in which products read their rows."""
+    return linear.weight.data.dtype  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:

@@ -27,15 +27,15 @@ def append(q: Tensor, k: Tensor, v: Tensor, how: Attention, at: Place) -> Tensor
     out = torch.empty(q.shape, dtype=cache.dtype, device=q.device)
     norm, other = how.q_norm, how.k_norm
     rotary = how.rotary
-    table = plan.tables[:, at.layer]
+    table = plan.parts.tables[:, at.layer]
     _kernels.append[(len(q), heads + 2 * kv_heads)](
         q.contiguous(),
         k.contiguous(),
         v.contiguous(),
         out,
         cache,
-        plan.sequences,
-        plan.positions,
+        plan.parts.sequences,
+        plan.parts.positions,
         table,
         table.stride(0),
         q if rotary is None else rotary.table,
@@ -67,10 +67,10 @@ def attend(q: Tensor, how: Attention, at: Place, programs: int) -> Tensor:
     kv_heads, dim = at.cache.data.shape[3:]
     group = q.shape[1] // (kv_heads * dim)
     out = torch.empty_like(q)
-    if plan.single_blocks.count:
+    if plan.num_singles:
         spans = plan.spans(programs, kv_heads)
         padded = max(_FEWEST_ROWS, _power_of_2(group))
-        _launch(q, out, how, at, (plan.single_blocks, padded, padded), spans)
+        _launch(q, out, how, at, (plan.parts.single_blocks, padded, padded), spans)
     if len(plan.chunks):
         padded = _power_of_2(group)
         rows = max(1, _CHUNK_ROWS // padded)
@@ -93,7 +93,7 @@ def _launch(
     kv_heads, dim = cache.shape[3:]
     heads = q.shape[1] // dim
     blocks, padded, rows = tile
-    table = plan.tables[:, at.layer]
+    table = plan.parts.tables[:, at.layer]
     partial = maxima = sums = q
     if spans > 1:
         partial = torch.empty((spans, len(q), heads, dim), dtype=torch.float32, device=q.device)
@@ -110,7 +110,7 @@ def _launch(
         blocks.data,
         table,
         table.stride(0),
-        plan.longest,
+        plan.parts.longest,
         how.scale,
         how.window or 0,
         len(q),
@@ -134,10 +134,10 @@ def _combine(
 ) -> None:
     """Put the spans of single rows together."""
     heads = out.shape[1] // dim
-    _kernels.combine[(len(plan.singles), heads)](
+    _kernels.combine[(plan.num_singles, heads)](
         *parts,
         out,
-        plan.singles,
+        plan.parts.singles,
         spans,
         len(out),
         HEADS=heads,

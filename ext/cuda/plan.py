@@ -1,15 +1,16 @@
 """A wave's geometry on the device: what the attention kernels read, made once for all layers.
 
-All of it lies in one int32 buffer, so it costs one copy. A plan of fixed size (`StaticPlan`) keeps
-its buffer and takes in one decode batch after the other: what a captured graph reads.
+All of it lies in one int32 buffer, so it costs one copy, and none where a captured step brings its
+own plan: one of fixed size (`StaticPlan`), which takes in one decode batch after the other.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ext.cuda.parcel import staged, to_device
 from ext.ops import Geometry
 
 # Positions per tile of keys; a span of a split context is a multiple of it.
@@ -36,32 +37,76 @@ class Layout:
     layers: int
     pages: int
 
-    def views(self, buffer: Tensor) -> tuple[Tensor, ...]:
-        """The parts of a buffer: longest context of single rows [1], sequence and position of each
-        row, the rows that are alone, their blocks [singles, 4], page tables [S, layers, P]."""
+    @property
+    def head(self) -> int:
+        """Elements before the page tables."""
+        return 1 + 2 * self.rows + 5 * self.singles
+
+    @property
+    def size(self) -> int:
+        """Elements in all."""
+        return self.head + self.sequences * self.layers * self.pages
+
+    def parts(self, buffer: Tensor) -> "Parts":
+        """A buffer under the names of what lies in it."""
         sizes = (1, self.rows, self.rows, self.singles, self.singles * 4)
-        *parts, tables = buffer.split((*sizes, self.sequences * self.layers * self.pages))
-        shape = (self.sequences, self.layers, self.pages)
-        return (*parts[:4], parts[4].view(-1, 4), tables.view(shape))
+        longest, sequences, positions, singles, blocks, tables = buffer.split(
+            (*sizes, self.size - self.head)
+        )
+        return Parts(
+            longest=longest,
+            sequences=sequences,
+            positions=positions,
+            singles=singles,
+            single_blocks=Blocks(blocks.view(-1, 4), self.singles),
+            tables=tables.view(self.sequences, self.layers, self.pages),
+        )
 
 
-@dataclass(eq=False, slots=True)
-class CudaPlan:
-    """`sequences` and `positions` int32 [rows]; `tables` int32 [S, layers, P]; `singles` int32, the
-    rows of sequences of one row; `longest` [1] is the largest context among those, and
-    `longest_known` the host's bound of it. `chunks` are the sequences of several rows."""
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A plan on the device, int32: `longest` [1] is the largest context among sequences of one row,
+    `singles` are their rows; `sequences` and `positions` [rows]; `tables` [S, layers, P]."""
 
-    geometry: Geometry
-    buffer: Tensor
     longest: Tensor
     sequences: Tensor
     positions: Tensor
     singles: Tensor
     single_blocks: Blocks
     tables: Tensor
-    longest_known: int
-    chunks: np.ndarray
-    _chunk_blocks: dict[int, Blocks] = field(default_factory=dict)
+
+
+class CudaPlan:
+    """A geometry, and its parts on the device once somebody wants them. `longest_known` is the
+    host's bound of the contexts of single rows; `chunks` are the sequences of several rows."""
+
+    def __init__(
+        self, geometry: Geometry, device: torch.device, parts: Parts | None = None
+    ) -> None:
+        counts = np.diff(geometry.starts)
+        alone = geometry.contexts[counts == 1]
+        self.geometry = geometry
+        self.longest_known = int(alone.max()) if len(alone) else 0
+        self.num_singles = len(alone)
+        self.chunks = np.flatnonzero(counts > 1)
+        self._device = device
+        self._parts = parts
+        self._chunk_blocks: dict[int, Blocks] = {}
+
+    @property
+    def parts(self) -> Parts:
+        """What the kernels read."""
+        if self._parts is None:
+            geometry = self.geometry
+            sequences, layers, pages = geometry.tables.shape
+            layout = Layout(geometry.num_rows, sequences, self.num_singles, layers, pages)
+            self._parts = layout.parts(to_device(_pack(geometry), self._device))
+        return self._parts
+
+    @property
+    def positions(self) -> Tensor:
+        """Where each row stands, int32 [rows]."""
+        return self.parts.positions
 
     def chunk_blocks(self, rows: int) -> Blocks:
         """Sequences of several rows, cut into blocks of at most `rows`."""
@@ -78,14 +123,14 @@ class CudaPlan:
             # Longest first: the programs that end last should not also start last.
             blocks.sort(key=lambda block: -block[3])
             data = np.array(blocks, np.int32).reshape(-1, 4)
-            self._chunk_blocks[rows] = Blocks(to_device(data, self.buffer.device), len(blocks))
+            self._chunk_blocks[rows] = Blocks(to_device(data, self._device), len(blocks))
         return self._chunk_blocks[rows]
 
     def spans(self, programs: int, kv_heads: int) -> int:
         """Into how many spans the contexts of single rows are split so that `programs` have
         work."""
         tiles = -(-self.longest_known // BLOCK_KEYS)
-        wanted = programs // max(1, self.single_blocks.count * kv_heads)
+        wanted = programs // max(1, self.num_singles * kv_heads)
         return max(1, min(tiles, wanted, _MAX_SPANS))
 
 
@@ -99,76 +144,55 @@ class StaticPlan:
             raise ValueError("a plan of fixed size is for sequences of one row each")
         self._layout = layout
         self._scratch = scratch
-        size = _pack(self._padded(_nothing()), layout).size
-        self._buffer = torch.zeros(size, dtype=torch.int32, device=device)
-        self.plan = _plan(self._padded(_nothing()), layout, self._buffer)
+        tables = np.full((layout.rows, layout.layers, layout.pages), scratch, np.int32)
+        contexts = np.ones(layout.rows, np.int32)
+        geometry = Geometry(np.arange(layout.rows + 1, dtype=np.int32), contexts, tables)
+        self._host = _pack(geometry)
+        self._buffer = to_device(self._host.copy(), device)
+        self._tables = self._host[layout.head :].reshape(tables.shape)
+        self._filled = 0
+        self.plan = CudaPlan(geometry, device, layout.parts(self._buffer))
         # Contexts grow from replay to replay: the split is made for the longest there can be.
         self.plan.longest_known = layout.pages * BLOCK_KEYS
 
     def load(self, geometry: Geometry) -> None:
         """Take in a decode batch; what is captured with `plan` runs on it from now on."""
-        packed = _pack(self._padded(geometry), self._layout)
-        self._buffer.copy_(_host(packed, self._buffer.device), non_blocking=True)
-
-    def _padded(self, geometry: Geometry) -> Geometry:
-        count, layout = geometry.num_sequences, self._layout
-        tables = np.full((layout.sequences, layout.layers, layout.pages), self._scratch, np.int32)
-        _, layers, pages = geometry.tables.shape
-        tables[:count, :layers, :pages] = geometry.tables
-        contexts = np.ones(layout.sequences, np.int32)
+        layout, count = self._layout, geometry.num_sequences
+        contexts = np.ones(layout.rows, np.int32)
         contexts[:count] = geometry.contexts
-        return Geometry(np.arange(layout.rows + 1, dtype=np.int32), contexts, tables)
+        self._host[0] = contexts.max()
+        self._host[1 + layout.rows : 1 + 2 * layout.rows] = contexts - 1
+        self._host[1 + 3 * layout.rows : layout.head].reshape(-1, 4)[:, 3] = contexts - 1
+        # Tables change only when a sequence comes or goes, or enters a new page.
+        sent = layout.head
+        if not self._has(geometry):
+            self._fill(geometry)
+            sent = layout.size
+        source = staged(self._host[:sent], self._buffer.device)
+        self._buffer[:sent].copy_(source, non_blocking=True)
+
+    def _has(self, geometry: Geometry) -> bool:
+        count, layers, pages = geometry.tables.shape
+        return count == self._filled and np.array_equal(
+            self._tables[:count, :layers, :pages], geometry.tables
+        )
+
+    def _fill(self, geometry: Geometry) -> None:
+        count, layers, pages = geometry.tables.shape
+        self._tables.fill(self._scratch)
+        self._tables[:count, :layers, :pages] = geometry.tables
+        self._filled = count
 
 
-def make_plan(geometry: Geometry, device: torch.device) -> CudaPlan:
-    """Prepare a geometry for the kernels."""
-    singles = int((np.diff(geometry.starts) == 1).sum())
-    sequences, layers, pages = geometry.tables.shape
-    layout = Layout(geometry.num_rows, sequences, singles, layers, pages)
-    return _plan(geometry, layout, to_device(_pack(geometry, layout), device))
-
-
-def _plan(geometry: Geometry, layout: Layout, buffer: Tensor) -> CudaPlan:
-    longest, sequences, positions, singles, blocks, tables = layout.views(buffer)
-    counts = np.diff(geometry.starts)
-    alone = geometry.contexts[counts == 1]
-    return CudaPlan(
-        geometry=geometry,
-        buffer=buffer,
-        longest=longest,
-        sequences=sequences,
-        positions=positions,
-        singles=singles,
-        single_blocks=Blocks(blocks, layout.singles),
-        tables=tables,
-        longest_known=int(alone.max()) if len(alone) else 0,
-        chunks=np.flatnonzero(counts > 1),
-    )
-
-
-def _pack(geometry: Geometry, layout: Layout) -> np.ndarray:
-    """A plan's buffer, int32, in the order of `Layout.views`."""
+def _pack(geometry: Geometry) -> np.ndarray:
+    """A plan's buffer, int32, in the order of `Layout.parts`."""
     starts, contexts = geometry.starts, geometry.contexts
     counts = np.diff(starts)
-    sequences = np.repeat(np.arange(layout.sequences), counts)
-    positions = np.arange(layout.rows) + (contexts - starts[1:])[sequences]
+    sequences = np.repeat(np.arange(len(counts)), counts)
+    positions = np.arange(geometry.num_rows) + (contexts - starts[1:])[sequences]
     single = np.flatnonzero(counts == 1)
     rows = starts[:-1][single]
     blocks = np.stack((single, rows, np.ones_like(single), contexts[single] - 1), 1)
     longest = contexts[single].max() if len(single) else 0
     parts = ([longest], sequences, positions, rows, blocks.ravel(), geometry.tables.ravel())
     return np.concatenate(parts).astype(np.int32)
-
-
-def _nothing() -> Geometry:
-    return Geometry(np.zeros(1, np.int32), np.zeros(0, np.int32), np.zeros((0, 0, 0), np.int32))
-
-
-def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """An int32 copy on the device; from pinned memory, so that the host does not wait."""
-    return _host(np.ascontiguousarray(array, dtype=np.int32), device).to(device, non_blocking=True)
-
-
-def _host(array: np.ndarray, device: torch.device) -> Tensor:
-    host = torch.from_numpy(array)
-    return host.pin_memory() if device.type == "cuda" else host

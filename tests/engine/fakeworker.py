@@ -203,6 +203,13 @@ class FakeWorker:
             counters=dict(self.counters),
             seconds={},
             blocks=(block,),
+            device={
+                "utilization": 0.5,
+                "memory_used_bytes": 3e9,
+                "memory_total_bytes": 8e9,
+                "power_w": 321.0,
+                "nvlinks": 4.0,
+            },
         )
 
 

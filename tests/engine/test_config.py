@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,6 +59,8 @@ def test_switches_can_be_turned_off() -> None:
         (["--device", "tpu"], {}, "write one of auto, cpu, cuda"),
         (["--kv-cache-dtype", "fp8"], {}, "write one of auto, float32, bfloat16"),
         (["--weights", "int2"], {}, "write one of exact, int8, int4"),
+        (["--device", "cuda:x"], {}, "write one of auto, cpu, cuda"),
+        (["--gpu-memory-utilization", "1.5"], {}, "--gpu-memory-utilization"),
         (["--workers", "-1"], {}, "--workers"),
         (["--http", "8000"], {}, "write HOST:PORT"),
         (["--http", "127.0.0.1:99999"], {}, "write HOST:PORT"),
@@ -130,6 +133,29 @@ def test_cpu_workers_share_the_cores() -> None:
     assert threads(Config(), 1) == 0
     assert threads(Config(), 1000) == 1
     assert threads(Config(threads=5), 3) == 5
+
+
+@pytest.mark.parametrize(
+    ("settings", "found", "expected"),
+    [
+        ({"device": "auto"}, 2, ["cuda:0", "cuda:1"]),
+        ({"device": "cuda"}, 1, ["cuda:0"]),
+        ({"device": "cuda", "workers": 3}, 2, ["cuda:0", "cuda:1", "cuda:0"]),
+        ({"device": "cuda:1"}, 2, ["cuda:1"]),
+        ({"device": "cuda:1", "workers": 2}, 2, ["cuda:1", "cuda:1"]),
+    ],
+)
+def test_gpus_get_a_worker_each(settings: dict[str, Any], found: int, expected: list[str]) -> None:
+    assert devices(Config(**settings), lambda _: found) == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "found", "advice"),
+    [("cuda", 0, "use --device cpu"), ("cuda:2", 2, "devices 0 to 1 were found")],
+)
+def test_a_gpu_that_is_not_there_is_refused(device: str, found: int, advice: str) -> None:
+    with pytest.raises(ConfigError, match=advice):
+        devices(Config(device=device), lambda _: found)
 
 
 @pytest.mark.parametrize(

@@ -66,9 +66,13 @@ def test_status_and_metrics_tell_of_workers_blocks_and_variants(zoo: Path) -> No
             text = await client.metrics()
             assert 'blockllm_kv_pages{state="total",worker="cpu-0.1"} 64.0' in text
             assert "blockllm_shared_weight_ratio 1.0" in text
+            assert 'blockllm_device_utilization{worker="cpu-0.1"} 0.5' in text
+            assert 'blockllm_device_power_watts{worker="cpu-0.1"} 321.0' in text
+            assert "blockllm_device_temperature_celsius{" not in text
             shown = Console(width=150, record=True, file=io.StringIO())
             shown.print(render(status))
-            for word in ("ready", "cpu-0.1", "bbbbbbbbbbbb", "base", "loaded"):
+            devices = ("50%", "3.0 of 8.0 GB", "321 W", "4 NVLinks")
+            for word in ("ready", "cpu-0.1", "bbbbbbbbbbbb", "base", "loaded", *devices):
                 assert word in shown.export_text(clear=False)
 
     rig.run(test())

@@ -15,6 +15,7 @@ from ext.cuda.graphs import Graphs
 from ext.cuda.ops import CudaOps
 from ext.cuda.plan import CudaPlan
 
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPS = CudaOps(DEVICE)
 HIDDEN, HEADS, KV_HEADS, DIM = 48, 4, 2, 12
@@ -74,7 +75,7 @@ def assert_replays(
     layer.step(expected, OPS.plan(place), patches)
     pages = layer.cache.data.clone()
     layer.cache.data.copy_(before)
-    assert graphs.run("layer", x, (place, SCRATCH), patches, layer.step)
+    assert graphs.run((1,), x, (place, SCRATCH), patches, layer.step)
     torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(layer.cache.data[:SCRATCH], pages[:SCRATCH])
 
@@ -111,5 +112,5 @@ def test_the_least_used_capture_leaves_and_too_large_a_batch_is_left_alone() -> 
     x = random(300, HIDDEN)
     untouched = x.clone()
     batch = (geometry([2] * 300), SCRATCH)
-    assert not graphs.run("layer", x, batch, plain, layer.step)
+    assert not graphs.run((1,), x, batch, plain, layer.step)
     assert torch.equal(x, untouched)

@@ -28,6 +28,7 @@ pytest.importorskip("triton", reason="needs triton")
 
 from ext.cuda.ops import CudaOps
 
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPS = CudaOps(DEVICE)
 REFERENCE = TorchOps(DEVICE)
@@ -226,6 +227,18 @@ def test_activates(kind: str) -> None:
     for left in (gate, None):
         expected = REFERENCE.activate(left, up, kind)  # type: ignore[arg-type]
         assert_near(OPS.activate(left, up, kind), expected, torch.float32)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gates_in_the_precision_of_the_weights(dtype: torch.dtype) -> None:
+    x, norm = on(5, 40), Norm("rms", 1e-6, on(40))
+    weights = [(on(30, 40) / 6).to(dtype) for _ in range(2)]
+    found = []
+    for which in (REFERENCE, OPS):
+        linears = [Linear(which.matrix(weight)) for weight in weights]
+        found.append(which.project_gated(x, norm, linears, (None, None), "silu"))
+    assert found[1].dtype is dtype
+    assert_near(found[1], found[0], dtype)
 
 
 def test_adds_norms_gains_and_detours() -> None:

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from ext.ops import Ops
 from ext.select import select_ops
 from workers import wire
 from workers.worker import Worker
@@ -27,11 +29,20 @@ class Answer:
         return bool(self.failed) or self.finished != wire.CONTINUES
 
 
+def kernels(name: str) -> Ops:
+    """Those of a CPU by name; "cuda": a device's, in Triton's interpreter where there is none."""
+    if name != "cuda":
+        return select_ops("cpu", name, 2)
+    from ext.cuda.ops import CudaOps
+
+    return CudaOps("cuda" if torch.cuda.is_available() else "cpu")
+
+
 class LocalWorker:
     def __init__(self, zoo: Path, ops: str = "auto", **config: object) -> None:
         settings = {"kv_bytes": 64 << 20, "threads": 2, "max_rows": 256, **config}
         self.config = wire.WorkerConfig("w", "", str(zoo), ops=ops, **settings)
-        self.worker = Worker(self.config, select_ops("cpu", ops, 2), self.reports_append)
+        self.worker = Worker(self.config, kernels(ops), self.reports_append)
         self.reports: list[wire.Report] = []
         self.answers: dict[int, Answer] = {}
         self.chains: dict[str, int] = {}
@@ -45,7 +56,7 @@ class LocalWorker:
         catalog = Catalog(self._zoo)
         for name in names:
             variant = catalog.variant(name)
-            number = len(self.chains) + 1
+            number = 1 + max(self.chains.values(), default=0)
             self.chains[name] = number
             units = len(catalog.chain(variant.chain).units)
             self.worker.take(wire.Load(number, variant.chain, 0, units, variant.context))

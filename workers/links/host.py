@@ -36,9 +36,6 @@ class HostOutlet:
             raise ValueError(f"{len(data)} bytes for a slot of {self._offer.slot_bytes}")
         self._slots[slot][: len(data)] = data
 
-    def credited(self, slot: int) -> None:
-        pass  # Host memory has no work under way: a credit says all.
-
     def close(self) -> None:
         if self._file >= 0:
             os.close(self._file)

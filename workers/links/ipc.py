@@ -59,9 +59,6 @@ class IpcOutlet:
         except RuntimeError as error:
             raise LinkBroken(f"slot {slot} cannot be filled: {error}") from error
 
-    def credited(self, slot: int) -> None:
-        pass  # The inlet sends its credit once its own work on the slot is done.
-
     def close(self) -> None:
         self._slots = torch.empty(0, dtype=torch.uint8)
         self._filled = []

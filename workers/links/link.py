@@ -47,10 +47,6 @@ class Outlet(Protocol):
         work; announce it only after this returns. Raises LinkBroken."""
         ...
 
-    def credited(self, slot: int) -> None:
-        """Hear that the inlet is done with a slot, before it is filled again."""
-        ...
-
     def close(self) -> None:
         """Free the slots, after the inlet has closed; closing twice is harmless."""
         ...

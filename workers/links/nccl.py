@@ -87,9 +87,6 @@ class NcclOutlet:
         kept.copy_(data, non_blocking=True)
         self._pair.move(kept, RECEIVER, sends=True)
 
-    def credited(self, slot: int) -> None:
-        pass  # The receiver had the bytes before it gave the credit.
-
     def close(self) -> None:
         self._pair.abort()
 

@@ -1,0 +1,48 @@
+"""Which kernels a worker gets, and what it says where there are none."""
+
+import sys
+
+import pytest
+import torch
+
+from ext.build import Unavailable
+from ext.select import select_ops, select_replays
+
+
+@pytest.mark.parametrize(
+    ("wanted", "name"), [("auto", "cpu"), ("native", "cpu"), ("torch", "torch")]
+)
+def test_a_cpu_has_its_own_kernels_unless_torch_is_asked_for(wanted: str, name: str) -> None:
+    ops = select_ops("cpu", wanted, 1)
+    assert (ops.name, ops.device.type) == (name, "cpu")
+    assert select_replays(ops) is None
+
+
+def test_steps_are_captured_for_the_cuda_kernels() -> None:
+    pytest.importorskip("triton", reason="needs triton")
+    from ext.cuda.ops import CudaOps
+
+    replays = select_replays(CudaOps("cuda" if torch.cuda.is_available() else "cpu"))
+    assert replays is not None
+    assert (replays.counts.captured, replays.counts.replayed) == (0, 0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+@pytest.mark.parametrize("wanted", ["auto", "torch"])
+def test_a_device_that_is_not_there_is_named_with_what_to_do(wanted: str) -> None:
+    with pytest.raises(Unavailable, match=r"finds no CUDA device.*--device cpu"):
+        select_ops("cuda:0", wanted, 1)
+
+
+@pytest.mark.gpu
+def test_a_gpu_has_its_own_kernels_or_torch_without_triton(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert select_ops("cuda:0", "auto", 1).name == "cuda"
+    for name in [name for name in sys.modules if name.startswith("ext.cuda")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert select_ops("cuda:0", "auto", 1).name == "torch"
+    assert "pip install triton" in caplog.text
+    with pytest.raises(Unavailable, match="pip install triton"):
+        select_ops("cuda:0", "native", 1)

@@ -1,0 +1,190 @@
+"""Chains on the CUDA kernels: on a device where there is one, else in Triton's interpreter, where a
+captured step is run again instead of replayed."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+pytest.importorskip("triton", reason="needs triton")
+
+from tests import builders
+from tests.workers.family_zoo import MLP, Family, everything, wrong_tokens
+from tests.workers.hand_made import Base, Tuned
+from tests.workers.local import Answer, LocalWorker
+from zoo.add import AddOptions, add
+from zoo.progress import Quiet
+
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3", "gpt2", "gpt_neox"]
+# Log-probabilities of the tiny models in bfloat16, ours and transformers', against float32.
+BOUND = 0.1
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    made = Family(tmp_path_factory.mktemp("cuda"), "llama")
+    made.lora("qv", rank=4, targets=["q_proj", "v_proj"])
+    made.lora("mlp", rank=20, targets=MLP, seed=3)
+    made.tune("last", ["layers.3."])
+    return made
+
+
+def prompt(count: int, seed: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(5, 300) for _ in range(count)]
+
+
+def assert_own_tokens(family: Family, asked: list[tuple[str, list[int], Answer]]) -> None:
+    for name, given, answer in asked:
+        assert not answer.failed, answer.failed
+        wrong, _ = wrong_tokens(family.reference(name), given, answer.tokens)
+        assert wrong == 0, f"{name}: {wrong} tokens differ from the model's"
+
+
+def test_mixed_batches_give_each_variants_own_tokens_and_are_replayed(family: Family) -> None:
+    worker = LocalWorker(family.zoo, "cuda", max_rows=64)
+    worker.load(*family.names)
+    asked = []
+    for name, length in zip(family.names, (2, 9, 3, 1), strict=True):
+        given = prompt(length, length)
+        asked.append((name, given, worker.open(name, given, max_tokens=3)))
+    worker.run()
+    assert_own_tokens(family, asked)
+    counters = worker.status.counters
+    assert counters["replayed_steps"] >= counters["captured_steps"] > 0
+
+
+def test_a_variant_that_leaves_takes_its_captures_along(family: Family) -> None:
+    worker = LocalWorker(family.zoo, "cuda", max_rows=64)
+    worker.load("last", "base")
+    asked = []
+
+    def ask(name: str) -> int:
+        given = prompt(3, len(asked))
+        asked.append((name, given, worker.open(name, given, max_tokens=3)))
+        worker.run()
+        return worker.status.counters["captured_steps"]
+
+    before = ask("last")
+    worker.evict("last")
+    between = ask("base")
+    worker.load("last")
+    assert before < between < ask("last")
+    assert_own_tokens(family, asked)
+
+
+def test_pages_have_the_precision_of_the_weights(tmp_path: Path) -> None:
+    dtype = "bfloat16" if torch.cuda.is_available() else "float16"
+    checkpoint = builders.tiny_llama(tmp_path / "half", dtype=getattr(torch, dtype))
+    add(tmp_path / "zoo", "base", str(checkpoint), AddOptions(), Quiet())
+    pages, scores = [], []
+    for ops in ("torch", "cuda"):
+        worker = LocalWorker(tmp_path / "zoo", ops)
+        worker.load("base")
+        answer = worker.open("base", prompt(20, 1), max_tokens=1, prompt_logprobs=0)
+        worker.run()
+        assert not answer.failed, answer.failed
+        scores.append(torch.tensor([given.logprob for given in answer.scored]))
+        pages.append(worker.status.total_pages)
+    assert pages[1] == 2 * pages[0]
+    assert 0 < (scores[1] - scores[0]).abs().max() < 0.05
+
+
+def test_what_no_capture_can_exchange_runs_unit_by_unit(tmp_path: Path) -> None:
+    base = Base(tmp_path, "llama")
+    names = [
+        Tuned(base, "norms", 1).norm(1, "a", "norm").input_gain(2, "down").publish(),
+        Tuned(base, "prefix", 2).with_prefix(5).gain(1, "q").bias(2, "o").publish(),
+        Tuned(base, "adapter", 3).bottleneck(1, "o", "stream").publish(),
+    ]
+    answers = []
+    for ops in ("torch", "cuda"):
+        worker = LocalWorker(base.zoo, ops)
+        worker.load(*names)
+        together = [worker.open(name, prompt(4, 2), max_tokens=3) for name in names]
+        worker.run()
+        answers.append([answer.tokens for answer in together])
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_family_gives_transformers_tokens_in_float32(tmp_path: Path, kind: str) -> None:
+    family = everything(tmp_path, kind)
+    worker = LocalWorker(family.zoo, "cuda")
+    worker.load(*family.names)
+    asked = []
+    for i, name in enumerate(family.names * 4):
+        given = prompt(1 + 7 * i % 50, i)
+        asked.append((name, given, worker.open(name, given, max_tokens=48)))
+    worker.run()
+    assert_own_tokens(family, asked)
+    assert worker.status.counters["replayed_steps"] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text"])
+def test_bfloat16_is_as_near_to_float32_as_transformers_is(tmp_path: Path, kind: str) -> None:
+    checkpoint = builders.tiny_model(tmp_path / "half", kind, dtype=torch.bfloat16)
+    add(tmp_path / "zoo", "base", str(checkpoint), AddOptions(), Quiet())
+    given = prompt(120, 1)
+    worker = LocalWorker(tmp_path / "zoo", "cuda")
+    worker.load("base")
+    answer = worker.open("base", given, max_tokens=1, prompt_logprobs=0)
+    worker.run()
+    assert not answer.failed, answer.failed
+    ours = torch.tensor([scored.logprob for scored in answer.scored])
+    exact, theirs = (scores(checkpoint, given, d) for d in (torch.float32, torch.bfloat16))
+    assert (ours - exact).abs().max() < BOUND
+    assert (ours - exact).norm() <= 1.5 * (theirs - exact).norm()
+
+
+def scores(checkpoint: Path, given: list[int], dtype: torch.dtype) -> torch.Tensor:
+    """Log-probabilities that transformers gives to a prompt's tokens on the device."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).cuda().eval()
+    tokens = torch.tensor([given], device="cuda")
+    with torch.no_grad():
+        logs = model(tokens).logits[0].float().log_softmax(-1)
+    return logs[:-1].gather(1, tokens[0, 1:, None])[:, 0].cpu()
+
+
+@pytest.mark.gpu
+def test_tuned_pieces_of_every_kind_match_the_reference_kernels(tmp_path: Path) -> None:
+    base = Base(tmp_path, "llama")
+    names = [
+        Tuned(base, "low", 1).low_rank(0, "q").low_rank(1, "down").gain(2, "k").publish(),
+        Tuned(base, "rows", 2).token_rows([5, 9, 40]).tokens_low_rank().publish(),
+        Tuned(base, "prompt", 3).with_prompt(9).bias(1, "o").publish(),
+        Tuned(base, "adapter", 4).bottleneck(1, "o", "output").norm(2, "m", "norm").publish(),
+    ]
+    answers = []
+    for ops in ("torch", "cuda"):
+        worker = LocalWorker(base.zoo, ops)
+        worker.load(*names)
+        asked = [worker.open(n, prompt(30, i), max_tokens=24) for i, n in enumerate(names * 3)]
+        worker.run()
+        assert not any(answer.failed for answer in asked)
+        answers.append([answer.tokens for answer in asked])
+    same = sum(ours == theirs for ours, theirs in zip(*answers, strict=True))
+    assert same >= len(names) * 3 - 1, "more answers than one near tie differ"
+
+
+@pytest.mark.gpu
+def test_sampled_tokens_are_those_that_the_host_would_draw(family: Family) -> None:
+    answers = []
+    for ops in ("torch", "cuda"):
+        worker = LocalWorker(family.zoo, ops)
+        worker.load("base", "qv")
+        shapes = [{"top_k": 20}, {"top_p": 0.9}, {}, {"min_p": 0.05, "repetition_penalty": 1.3}]
+        asked = [
+            worker.open(name, prompt(9, i), max_tokens=16, temperature=0.9, seed=i, **shape)
+            for i, (name, shape) in enumerate((n, s) for n in ("base", "qv") for s in shapes)
+        ]
+        worker.run()
+        answers.append([answer.tokens for answer in asked])
+    same = sum(ours == theirs for ours, theirs in zip(*answers, strict=True))
+    assert same >= 7, "more draws than one at the edge of two tokens differ"

@@ -1,0 +1,112 @@
+"""Units in a row, as the rows of a stage wear them: what carries those rows on.
+
+Made once for an arrangement of rows and kept while it lasts. Decode steps are replayed from a
+capture where the kernels have them (`ext.ops.Replays`) and what the rows wear can be exchanged
+under it: low-rank pieces, gains and biases of linears. All else runs unit by unit.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from ext.ops import Cache, Opaque, Ops, Patch, Place
+from workers import layers
+from workers.attachments import Worn
+from workers.block import AttentionUnit, EmbedUnit, HeadUnit, MlpUnit, ParallelUnit, ResidentUnit
+from workers.foreign import ForeignUnit, foreign
+
+_LAYERS = (AttentionUnit, MlpUnit, ParallelUnit)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A unit as it is held, as rows wear it, and its attention layer in the chain."""
+
+    held: ResidentUnit
+    unit: ResidentUnit
+    worn: Worn
+    layer: int
+
+
+class Passage:
+    """Parts that follow each other; only the first may be an embedding, and none is a head."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        first = parts[0].unit
+        self.embed = (first, parts[0].worn) if isinstance(first, EmbedUnit) else None
+        self._parts = tuple(parts[1:] if self.embed else parts)
+
+    def run(self, x: Tensor, at: layers.Context) -> Tensor:
+        """Carry x [rows, hidden] through all but the embedding, unit by unit; mostly in place."""
+        for part in self._parts:
+            x = _pass(part, part.worn, x, at)
+        return x
+
+    @cached_property
+    def replayable(self) -> bool:
+        """Whether a capture of these units can serve whatever rows wear upon them."""
+        return bool(self._parts) and all(
+            isinstance(part.unit, _LAYERS)
+            and part.unit is part.held
+            and not part.worn.gains
+            and not part.worn.detours
+            for part in self._parts
+        )
+
+    @cached_property
+    def units(self) -> tuple[int, ...]:
+        """Its units as objects, which a capture keeps."""
+        return tuple(id(part.held) for part in self._parts)
+
+    @property
+    def layer(self) -> int:
+        """The attention layer that it begins at."""
+        return self._parts[0].layer
+
+    @cached_property
+    def patches(self) -> tuple[Patch | None, ...]:
+        """What rows wear upon the linears, unit by unit."""
+        return tuple(
+            part.worn.linears.get(role) for part in self._parts for role in part.unit.linears
+        )
+
+    def step(self, ops: Ops, cache: Cache) -> "CapturedStep":
+        """What a capture records."""
+        return CapturedStep(self._parts, ops, cache)
+
+
+@dataclass(frozen=True, slots=True)
+class CapturedStep:
+    """Units over rows of any batch: plan and patches are the capture's own."""
+
+    parts: tuple[Part, ...]
+    ops: Ops
+    cache: Cache
+
+    def __call__(self, x: Tensor, plan: Opaque, patches: Sequence[Patch | None]) -> None:
+        at = layers.Context(self.ops, self.cache, plan)
+        given = iter(patches)
+        for part in self.parts:
+            own = {role: next(given) for role in part.unit.linears}
+            linears = {role: patch for role, patch in own.items() if patch is not None}
+            _pass(part, Worn(linears, {}, {}), x, at)
+
+
+def _pass(part: Part, worn: Worn, x: Tensor, at: layers.Context) -> Tensor:
+    """One unit over rows x."""
+    match part.unit:
+        case AttentionUnit() as unit:
+            layers.attention(unit, x, part.layer, worn, at)
+        case MlpUnit() as unit:
+            layers.mlp(unit, x, worn, at)
+        case ParallelUnit() as unit:
+            layers.parallel(unit, x, part.layer, worn, at)
+        case ForeignUnit() as unit:
+            foreign(unit, x, worn.linears, at.ops, Place(at.cache, part.layer, at.plan))
+        case EmbedUnit() | HeadUnit():
+            raise AssertionError("a chain's ends have stages or steps of their own")
+        case unit:
+            x = layers.stitch(unit, x, worn, at)
+    return x
