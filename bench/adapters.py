@@ -217,6 +217,8 @@ def bottleneck(path: Path, base: Path, seed: int = 0, **changes: object) -> Path
     model = AutoModelForCausalLM.from_pretrained(base)
     wide, layers = model.config.hidden_size, model.config.num_hidden_layers
     generator = torch.Generator().manual_seed(seed)
+    # Small enough that what a parallel one adds does not grow from layer to layer.
+    size = 0.2 * min(1.0, 64 / wide)
     halves = ["attention"] * config["mh_adapter"] + ["output"] * config["output_adapter"]
     shapes: dict[str, tuple[int, ...]] = {
         "adapter_down.0.weight": (BOTTLENECK_SIZE, wide),
@@ -227,7 +229,7 @@ def bottleneck(path: Path, base: Path, seed: int = 0, **changes: object) -> Path
     if config["scaling"] == "channel":
         shapes["scaling"] = (wide,)
     tensors = {
-        f"{names_of(base).layers}{layer}.{half}_adapters.adapters.a.{part}": 0.2
+        f"{names_of(base).layers}{layer}.{half}_adapters.adapters.a.{part}": size
         * torch.randn(shape, generator=generator)
         for layer in range(layers)
         for half in halves
