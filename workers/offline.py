@@ -202,7 +202,8 @@ class Offline:
         self, model: Model, batches: Iterable[Batch], places: Sequence[Place]
     ) -> dict[Place, Tensor]:
         """Second moments of what linear layers read over all positions: the mean of x x^T, float32
-        [in, in]. Layers that read the same (q, k and v) share a tensor."""
+        [in, in]. Layers that read the same (q, k and v) share a tensor; those that nothing reached
+        have none."""
         units = model.loaded.units
         matrices = {place: units[place[0]].linears[place[1]].weight for place in places}
         listener = Listener(self._ops, matrices.values())
@@ -221,7 +222,7 @@ class Offline:
             requests = [self._request(model, tokens, _EVERY_POSITION) for tokens in batch]
             self._drive(requests, run, cuts)
         heard = listener.moments()
-        return {place: heard[id(matrix)] for place, matrix in matrices.items()}
+        return {place: heard[id(m)] for place, m in matrices.items() if id(m) in heard}
 
     def clock(
         self,

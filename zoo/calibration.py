@@ -49,13 +49,15 @@ class Calibration:
         self._progress = progress
 
     def moments(self, places: Sequence[Place]) -> Iterator[tuple[Place, Tensor]]:
-        """Per linear layer the mean of x x^T over what it reads, float32 [in, in]. The text is read
-        as often as it takes for the moments of one reading to fit."""
+        """Per linear layer that the text reaches the mean of x x^T over what it reads, float32 [in,
+        in], while showing how many the caller is through with. The text is read as often as it
+        takes for the moments of one reading to fit."""
         parts = list(self._parts(sorted(places)))
         for number, part in enumerate(parts, 1):
             label = f"reading text, {number} of {len(parts)}" if len(parts) > 1 else "reading text"
             batches = self._progress.track(self._batches, label)
-            yield from self._model.moments(batches, part).items()
+            found = list(self._model.moments(batches, part).items())
+            yield from self._progress.track(found, "fitting matrices to it")
 
     def _parts(self, places: Sequence[Place]) -> Iterator[list[Place]]:
         """The layers in order of depth, as many together as fit."""

@@ -57,9 +57,10 @@ class Change:
     sites: tuple[Site, ...]
 
     @property
-    def place(self) -> Place | None:
-        """Where it reads activations; None for a table that tokens are only looked up in."""
-        return next(((s.unit, s.role) for s in self.sites if s.role != _TOKENS), None)
+    def place(self) -> Place:
+        """Where it reads activations, or the embedding if tokens are only looked up in it."""
+        places = [(site.unit, site.role) for site in self.sites]
+        return next((place for place in places if place[1] != _TOKENS), places[0])
 
     def before(self, store: Store) -> Tensor:
         """The base's matrix, float32 [out, in], of a table of tokens [vocabulary, hidden]."""
@@ -132,17 +133,16 @@ def _factorized(
         for one in progress.track(changes, "decomposing"):
             yield one, factorize(one.after(store) - one.before(store))
         return
-    reading = {one.place: one for one in changes if one.place}
-    for place, moment in calibration.moments(list(reading)):
-        one = reading[place]
+    rest = {one.place: one for one in changes}
+    for place, moment in calibration.moments([at for at in rest if at[1] != _TOKENS]):
+        one = rest.pop(place)
         after = one.after(store)
         made = float((after @ moment).mul_(after).sum())
         yield one, factorize_for(after - one.before(store), moment).relative_to(made)
-    for one in changes:
-        if one.place is None:
-            after = one.after(store)
-            found = factorize(after - one.before(store))
-            yield one, found.relative_to(float(after.square().sum()))
+    for one in rest.values():
+        after = one.after(store)
+        found = factorize(after - one.before(store))
+        yield one, found.relative_to(float(after.square().sum()))
 
 
 def merged(store: Store, unit: Unit, attachment: Attachment, role: str) -> memoryview | None:

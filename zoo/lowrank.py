@@ -31,9 +31,10 @@ class Factors:
     energies: Tensor
 
     def relative_to(self, energy: float) -> "Factors":
-        """The same, with energies as shares of another one: what makes matrices comparable."""
-        share = self.energies / max(energy, torch.finfo(torch.float32).tiny)
-        return Factors(self.left, self.right, share)
+        """The same, with energies as shares of another one, which makes matrices comparable; of
+        nothing they are nothing."""
+        shares = self.energies / energy if energy > 0 else torch.zeros_like(self.energies)
+        return Factors(self.left, self.right, shares)
 
     @property
     def bytes_per_rank(self) -> int:

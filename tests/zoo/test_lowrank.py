@@ -78,6 +78,13 @@ def test_a_matrix_that_did_not_move_gets_nothing():
     assert torch.isfinite(still.left).all()
 
 
+def test_shares_of_nothing_are_nothing():
+    factors = factorize(noisy(16, 16, rank=2))
+    assert factors.relative_to(0.0).energies.tolist() == [0.0] * len(factors.energies)
+    half = factors.relative_to(2 * float(factors.energies[0]))
+    assert float(half.energies[0]) == pytest.approx(0.5)
+
+
 def test_ranks_go_where_a_byte_brings_most():
     def factors(width: int, *energies: float) -> tuple[Factors, int]:
         k = len(energies)
