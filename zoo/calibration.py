@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import psutil
 from torch import Tensor
 
-from zoo.derived.corpus import Measure, read_corpus
 from zoo.manifest import Variant
 from zoo.progress import Progress
 from zoo.store import Store
+from zoo.text import Measure, read_corpus
 
 if TYPE_CHECKING:
     from zoo.door import Model

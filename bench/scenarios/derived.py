@@ -19,7 +19,6 @@ from bench.scenarios.parity import TOKENS, ask_all, prompts_for
 from bench.stage import Stage
 from bench.zoos import BASE
 from zoo.catalog import Catalog
-from zoo.derived.corpus import Measure
 from zoo.derived.judgement import TRUE, Quality
 from zoo.derived.pace import Pace
 from zoo.derived.profile import BlockProfile, ProfileOptions, profile
@@ -31,6 +30,7 @@ from zoo.door import offline
 from zoo.equivalence.chains import manifests_of
 from zoo.findings import Findings
 from zoo.progress import Progress
+from zoo.text import Measure
 
 HALF, NARROW, JOINED = "half", "narrow", "joined"
 _MEASURE = Measure(held_out=24)

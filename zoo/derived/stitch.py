@@ -13,7 +13,6 @@ import msgspec
 import torch
 from torch import Tensor
 
-from zoo.derived.corpus import Measure, read_corpus
 from zoo.derived.cut import layers_of
 from zoo.derived.distillation import POSITION_STEP, divergence
 from zoo.derived.join import Join, fitted, identity, joined, read_joins, streams, untrained
@@ -31,6 +30,7 @@ from zoo.manifest import ObjectDigest, StitchSpec, Unit, attention_of
 from zoo.names import checked_name
 from zoo.progress import Progress
 from zoo.store import Store
+from zoo.text import Measure, read_corpus
 from zoo.work import work_folder
 from zoo.zoo import Zoo
 

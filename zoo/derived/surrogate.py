@@ -12,7 +12,6 @@ import msgspec
 import torch
 from torch import Tensor
 
-from zoo.derived.corpus import Corpus, Measure, read_corpus
 from zoo.derived.cut import Cut, Shape, layers_of, shapes
 from zoo.derived.distillation import distillation
 from zoo.derived.importance import Importance, at_random, directions_at_random
@@ -28,6 +27,7 @@ from zoo.manifest import Unit, Variant
 from zoo.names import checked_name
 from zoo.progress import Progress
 from zoo.store import Store
+from zoo.text import Corpus, Measure, read_corpus
 from zoo.work import work_folder
 
 KIND = "surrogate"

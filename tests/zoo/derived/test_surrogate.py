@@ -97,7 +97,7 @@ import sys
 from pathlib import Path
 import torch
 from zoo.derived import training
-from zoo.derived.corpus import Measure
+from zoo.text import Measure
 from zoo.derived.surrogate import SurrogateOptions, make_surrogate
 from zoo.derived.training import Course
 from zoo.progress import Quiet
