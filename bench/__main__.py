@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 from rich.console import Console
+from transformers.utils import logging
 
 from bench.adding import AddingFailed
 from bench.device import NoDevice
@@ -96,6 +97,8 @@ def main() -> int:
     unknown = [name for name in given.scenario if name not in SCENARIOS]
     if unknown:
         parser.error(f"there is no scenario {unknown[0]!r}: there are {', '.join(SCENARIOS)}")
+    # Libraries' own bars would run through ours.
+    logging.disable_progress_bar()
     # So that whoever ends this process ends what it started.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     console = Console(stderr=True, highlight=False)

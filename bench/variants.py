@@ -82,6 +82,15 @@ def full(base: Checkpoint, target: Path, *, seed: int) -> Path:
     return _tuned(base, target, seed, lambda name: True)
 
 
+def randomize(model: torch.nn.Module, seed: int) -> None:
+    """Give every trainable parameter small random values: fresh adapters start without effect."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+
+
 def _tuned(base: Checkpoint, target: Path, seed: int, is_tuned: Callable[[str], bool]) -> Path:
     draw = torch.Generator().manual_seed(seed)
     tensors = base.tensors()

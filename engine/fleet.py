@@ -59,6 +59,7 @@ class Slot:
     name: str = ""
     child: Child | None = None
     has_greeted: bool = False
+    is_refused: bool = False
     has_served: bool = False
     heard_s: float = 0.0
     loads: int = 0
@@ -141,12 +142,17 @@ class Fleet:
         """One process from its start to its end; returns what it died of."""
         slot.starts += 1
         slot.name = f"{slot.device}-{slot.index}.{slot.starts}"
-        slot.has_greeted, slot.loads, slot.heard_s = False, 0, _now()
+        slot.has_greeted, slot.is_refused, slot.loads, slot.heard_s = False, False, 0, _now()
         body = msgspec.json.encode(self._worker_config(slot)).decode()
-        slot.child = child = await Child.spawn([*self._command, body])
+        # Known before it is started: starting takes a large process so long that a worker may greet
+        # before the loop is back here.
         self._by_name[slot.name] = slot
-        log.info("worker %s started on %s, pid %d", slot.name, slot.device, child.pid)
+        slot.child = child = None
         try:
+            slot.child = child = await Child.spawn([*self._command, body])
+            log.info("worker %s started on %s, pid %d", slot.name, slot.device, child.pid)
+            if slot.is_refused:
+                child.kill()
             while (code := await child.wait(HEARTBEAT_S)) is None:
                 silence_s = _now() - slot.heard_s
                 if silence_s > self._patience_s(slot):
@@ -155,7 +161,8 @@ class Fleet:
                     return f"it said nothing for {silence_s:.0f} s and was ended"
         finally:
             del self._by_name[slot.name]
-            child.kill()
+            if child is not None:
+                child.kill()
         return f"its process ended with status {code}"
 
     def _give_up_on(self, slot: Slot, reason: str) -> None:
@@ -217,6 +224,7 @@ class Fleet:
                 hello.name,
                 wire.WIRE_VERSION,
             )
+            slot.is_refused = True
             if slot.child is not None:
                 slot.child.kill()
             return

@@ -45,6 +45,8 @@ from transformers import (
     StableLmForCausalLM,
 )
 
+from bench.variants import randomize
+
 VOCABULARY = 320
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -237,15 +239,6 @@ def fine_tune(
                 parameter.add_(noise.to(parameter.dtype))
     model.save_pretrained(path)
     return path
-
-
-def randomize(model: torch.nn.Module, seed: int) -> None:
-    """Give every trainable parameter small random values: fresh adapters start without effect."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
 
 
 def _common() -> Mapping[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from ext.select import select_ops, select_replays
 from workers.batcher import Group, Step, Wave, arrange, decide
 from workers.chains import Chains
 from workers.holdings import Holdings
+from workers.listening import Listener
 from workers.loading import LoadedChain, load, time_load
 from workers.memory import KvMemory
 from workers.packer import packer_for
@@ -32,6 +34,11 @@ from zoo.store import Store
 
 _PAGE = 16
 _MAX_ROWS, _MAX_SEQUENCES = 512, 256
+# A linear layer: its unit's place in the chain, and its role there.
+Place = tuple[int, str]
+# Sequences of token ids that run together.
+Batch = Sequence[Sequence[int]]
+
 # No token is sampled, every position's logits are wanted.
 _EVERY_POSITION = Sampling(max_tokens=0, prompt_logprobs=0)
 
@@ -62,6 +69,15 @@ class Model:
         """Greedy continuations of up to `max_tokens`; one of `eos` ends its answer, and is in
         it."""
         return self.offline.generate([(self, prompt) for prompt in prompts], max_tokens, eos)
+
+    def moments(self, batches: Iterable[Batch], places: Sequence[Place]) -> dict[Place, Tensor]:
+        """What the linear layers at `places` read; see `Offline.moments`."""
+        return self.offline.moments(self, batches, places)
+
+    def width_at(self, place: Place) -> int:
+        """How wide a linear layer's input is."""
+        unit, role = place
+        return self.loaded.units[unit].linears[role].weight.in_features
 
     def clock(
         self, spans: Sequence[tuple[int, int]], shape: tuple[int, int, int], repeats: int
@@ -188,6 +204,32 @@ class Offline:
         self._drive(requests, run, (depth,))
         soft = model.loaded.chain.virtual - model.loaded.chain.seeded
         return [torch.cat(rows[r.id])[soft:] for r in requests]
+
+    def moments(
+        self, model: Model, batches: Iterable[Batch], places: Sequence[Place]
+    ) -> dict[Place, Tensor]:
+        """Second moments of what linear layers read over all positions: the mean of x x^T, float32
+        [in, in]. Layers that read the same (q, k and v) share a tensor; those that nothing reached
+        have none."""
+        units = model.loaded.units
+        matrices = {place: units[place[0]].linears[place[1]].weight for place in places}
+        listener = Listener(self._ops, matrices.values())
+        runner = Runner(cast("Ops", listener), self._memory, self._requests)
+        runner.add(model.loaded)
+        depth = 1 + max(unit for unit, _ in places)
+        cuts = (depth,) if depth < len(units) else ()
+
+        def run(wave: Wave) -> None:
+            if cuts:
+                runner.carry(wave, depth)
+            else:
+                runner.run(wave)
+
+        for batch in batches:
+            requests = [self._request(model, tokens, _EVERY_POSITION) for tokens in batch]
+            self._drive(requests, run, cuts)
+        heard = listener.moments()
+        return {place: heard[id(m)] for place, m in matrices.items() if id(m) in heard}
 
     def clock(
         self,

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from zoo.calibration import Calibration, calibration_text
 from zoo.catalog import Publication
 from zoo.compose import Tuned, chain_digest, publication_of
 from zoo.delta import compress
 from zoo.door import offline
 from zoo.equivalence.agreement import Agreement, mean_interval
 from zoo.equivalence.chains import (
+    bounded,
     differing,
     digest_of,
     manifests_of,
@@ -99,9 +101,12 @@ def approximate(zoo: Zoo, exact: Exact, options: AddOptions, progress: Progress)
 def _delta(trial: _Trial) -> _Found:
     """The base's units, with low-rank differences upon them."""
     base = [unit for _, unit in trial.base.units]
-    delta = compress(
-        trial.zoo.store, base, trial.exact.units, trial.options.delta_budget, trial.progress
-    )
+    store, share = trial.zoo.store, trial.options.delta_budget
+    text = calibration_text(store, trial.exact.variant, trial.options.text)
+    model = trial.offline.load(bounded(trial.whole, text.shape[1] + 1))
+    calibration = Calibration(model, text, trial.progress)
+    delta = compress(store, base, trial.exact.units, share, trial.progress, calibration)
+    trial.offline.drop(model)
     chain = written_out(delta.units, delta.attachments, trial.whole.context)
     return _Found(chain, trial.probe.agreement(chain, "measuring the delta"))
 

@@ -9,6 +9,8 @@ from zoo.catalog import Catalog
 from zoo.errors import BadAdapter, BadSource
 from zoo.manifest import UnitDigest, Variant
 
+_MADE_HERE = {"surrogate", "stitched"}
+
 
 def base_of_adapter(catalog: Catalog, adapter: Adapter, told: str | None) -> Variant:
     """The base that was told, else the one that the adapter's config names; raises BadAdapter."""
@@ -38,11 +40,13 @@ def told_base(catalog: Catalog, name: str) -> Variant:
 
 
 def closest(catalog: Catalog, units: Sequence[UnitDigest], name: str) -> Variant | None:
-    """The variant that has most of these units too, if any; not the one that `name` replaces."""
+    """The variant that has most of these units too, if any; not the one that `name` replaces, nor
+    what was made here of another, which nobody trains on."""
     wanted = set(units)
     best: tuple[int, Variant] | None = None
     for variant in sorted(catalog.variants(), key=lambda variant: variant.created):
-        if variant.name == name or not _is_whole(catalog, variant):
+        made_here = variant.kind in _MADE_HERE
+        if variant.name == name or made_here or not _is_whole(catalog, variant):
             continue
         shared = len(wanted.intersection(catalog.chain(variant.chain).units))
         if shared and (best is None or shared > best[0]):

@@ -87,7 +87,21 @@ def compose_adapter(
         tuple(attachment and attachment_digest(attachment) for attachment in tuned.attachments),
     )
     head = tuned.units[-1].spec
+    report = {"shared": shared, "changed": changed, "attached": attached}
     variant = msgspec.structs.replace(
+        variant_upon(base, kind, chain, report, stored),
+        context=context,
+        vocabulary=head.vocabulary if isinstance(head, HeadSpec) else base.vocabulary,
+    )
+    return with_files_of(base, variant), chain
+
+
+def variant_upon(
+    base: Variant, kind: str, chain: Chain, report: dict[str, int], stored: Stored
+) -> Variant:
+    """A variant that is `base` but for its chain and what its source brought; nothing that was
+    measured or checked of the base is said of it."""
+    return msgspec.structs.replace(
         base,
         name=stored.name,
         chain=chain_digest(chain),
@@ -99,13 +113,11 @@ def compose_adapter(
         measured=None,
         bound=None,
         golden=None,
-        context=context,
-        vocabulary=head.vocabulary if isinstance(head, HeadSpec) else base.vocabulary,
         files=dict(stored.files),
         tensors=dict(stored.tensors),
-        report={"shared": shared, "changed": changed, "attached": attached},
+        report=report,
+        borrowed=(),
     )
-    return with_files_of(base, variant), chain
 
 
 def publication_of(store: Store, variant: Variant, chain: Chain, tuned: Tuned) -> Publication:

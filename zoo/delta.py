@@ -1,18 +1,20 @@
 """A fine-tune as its base's units and small pieces upon them: the `delta` way of storing one.
 
-Matrices get low-rank differences, their ranks allotted over the whole model under one byte budget;
-norms and biases are small and stay exact; what no piece can express makes its unit the variant's
-own. Served by the kernels and in the batches that LoRA has.
+Matrices get low-rank differences that come nearest in what they make of text, their ranks allotted
+over the whole model under one byte budget; norms and biases are small and stay exact; what no piece
+can express makes its unit the variant's own. Served by the kernels and in the batches that LoRA
+has.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from zoo.calibration import Calibration, Place
 from zoo.errors import BadCheckpoint
-from zoo.lowrank import Factors, allot, factorize
+from zoo.lowrank import Factors, allot, factorize, factorize_for
 from zoo.manifest import (
     Attachment,
     AttentionSpec,
@@ -33,6 +35,7 @@ from zoo.store import Store, StoredTensor
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LINEARS = {"q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "head", "tokens"}
+_TOKENS = "tokens"
 _NORMS = {"norm", "mlp_norm", "q_norm", "k_norm", "post_norm"}
 
 
@@ -44,6 +47,32 @@ class Site:
     role: str
     before: ObjectDigest
     after: ObjectDigest
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A difference of matrices, and all sites that have it."""
+
+    spec: Spec
+    sites: tuple[Site, ...]
+
+    @property
+    def place(self) -> Place:
+        """Where it reads activations, or the embedding if tokens are only looked up in it."""
+        places = [(site.unit, site.role) for site in self.sites]
+        return next((place for place in places if place[1] != _TOKENS), places[0])
+
+    def before(self, store: Store) -> Tensor:
+        """The base's matrix, float32 [out, in], of a table of tokens [vocabulary, hidden]."""
+        return self._read(store, self.sites[0].before)
+
+    def after(self, store: Store) -> Tensor:
+        """The fine-tune's, alike."""
+        return self._read(store, self.sites[0].after)
+
+    def _read(self, store: Store, digest: ObjectDigest) -> Tensor:
+        stored = _matrix(store, digest)
+        return stored.T.contiguous() if _is_transposed(self.spec) else stored
 
 
 @dataclass(slots=True)
@@ -67,9 +96,12 @@ def compress(
     tuned: Sequence[Unit],
     share: float,
     progress: Progress,
+    calibration: Calibration | None = None,
 ) -> Delta:
-    """Approximate `tuned` upon `base` with at most `share` of the bytes of its tensors. What is
-    exact comes first; raises BadCheckpoint where the budget is too small even for that."""
+    """Approximate `tuned` upon `base` with at most `share` of the bytes of its tensors, as near as
+    can be in what its matrices make of the text of `calibration`, or without one in the matrices
+    themselves. What is exact comes first; raises BadCheckpoint where the budget is too small even
+    for that."""
     delta = outline(base, tuned)
     budget = int(share * _bytes(store, (d for unit in tuned for d in unit.tensors.values())))
     spent = _bytes(store, _own(base, delta))
@@ -79,19 +111,38 @@ def compress(
             "raise --delta-budget or use --store exact"
         )
     # A table that embedding and head share moved once and gets one rank.
-    sites: dict[tuple[ObjectDigest, ObjectDigest], list[Site]] = {}
+    groups: dict[tuple[ObjectDigest, ObjectDigest], list[Site]] = {}
     for site in delta.sites:
-        sites.setdefault((site.before, site.after), []).append(site)
-    moved = [
-        (factorize(_matrix(store, after) - _matrix(store, before)), len(sites[before, after]))
-        for before, after in progress.track(list(sites), "decomposing")
-    ]
-    ranks = allot(moved, budget - spent)
-    for (factors, _), rank, places in zip(moved, ranks, sites.values(), strict=True):
-        for site in places if rank else ():
+        groups.setdefault((site.before, site.after), []).append(site)
+    changes = [Change(base[sites[0].unit].spec, tuple(sites)) for sites in groups.values()]
+    moved = list(_factorized(store, changes, calibration, progress))
+    ranks = allot([(factors, len(one.sites)) for one, factors in moved], budget - spent)
+    for (change, factors), rank in zip(moved, ranks, strict=True):
+        for site in change.sites if rank else ():
             piece = _piece(store, base[site.unit].spec, site, factors, rank)
             delta.pieces[site.unit].append(piece)
     return delta
+
+
+def _factorized(
+    store: Store, changes: Sequence[Change], calibration: Calibration | None, progress: Progress
+) -> Iterator[tuple[Change, Factors]]:
+    """The factors of every change. With text their energies are shares of what the fine-tune's own
+    matrix makes of it: an error in what an attention reads and one in the logits are no equals."""
+    if calibration is None:
+        for one in progress.track(changes, "decomposing"):
+            yield one, factorize(one.after(store) - one.before(store))
+        return
+    rest = {one.place: one for one in changes}
+    for place, moment in calibration.moments([at for at in rest if at[1] != _TOKENS]):
+        one = rest.pop(place)
+        after = one.after(store)
+        made = float((after @ moment).mul_(after).sum())
+        yield one, factorize_for(after - one.before(store), moment).relative_to(made)
+    for one in rest.values():
+        after = one.after(store)
+        found = factorize(after - one.before(store))
+        yield one, found.relative_to(float(after.square().sum()))
 
 
 def merged(store: Store, unit: Unit, attachment: Attachment, role: str) -> memoryview | None:
@@ -172,8 +223,6 @@ def _piece(store: Store, spec: Spec, site: Site, factors: Factors, rank: int) ->
     if isinstance(spec, EmbedSpec):
         # Rows of the table are tokens: A is looked up by token, B leads to the hidden width.
         left, right, scale = right.T, left.T, spec.scale
-    elif _is_transposed(spec):
-        left, right = right.T, left.T
     return LowRank(site.role, _put(store, right), _put(store, left), rank, scale)
 
 

@@ -16,6 +16,8 @@ MOST_RANKS = 128
 _WIDEST_EXACT = 2048
 _OVERSAMPLED = 16
 _ROUNDS = 4
+# What is added to the second moment of inputs in every direction, as a share of their mean.
+_RIDGE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,12 @@ class Factors:
     right: Tensor
     energies: Tensor
 
+    def relative_to(self, energy: float) -> "Factors":
+        """The same, with energies as shares of another one, which makes matrices comparable; of
+        nothing they are nothing."""
+        shares = self.energies / energy if energy > 0 else torch.zeros_like(self.energies)
+        return Factors(self.left, self.right, shares)
+
     @property
     def bytes_per_rank(self) -> int:
         """Bytes that one more rank takes in 16 bits."""
@@ -36,6 +44,33 @@ class Factors:
     def cut(self, rank: int) -> tuple[Tensor, Tensor]:
         """The factors of that rank in bfloat16, of equal norm so that neither loses more."""
         return self.left[:, :rank].bfloat16(), self.right[:rank].bfloat16()
+
+
+def factorize_for(matrix: Tensor, moment: Tensor) -> Factors:
+    """Decompose a float32 matrix M [m, n] so that its outputs M x come out best, rather than its
+    elements, for inputs whose mean of x x^T is `moment` [n, n].
+
+    With moment = L L^T the squared error of the outputs is ||(M - left right) L||_F^2, so M L is
+    cut off, and L undone: right = (V^T of M L) L^-1 (SVD-LLM, Wang et al. 2024, arXiv:2403.07378,
+    3.1, where L is called S)."""
+    root = _root(moment)
+    found = factorize(matrix @ root)
+    undone = torch.linalg.solve_triangular(root, found.right, upper=False, left=False)
+    return Factors(found.left, undone.contiguous(), found.energies)
+
+
+def _root(moment: Tensor) -> Tensor:
+    """The Cholesky factor of a second moment, after a ridge: no direction counts for nothing,
+    because other text will have it."""
+    wide = moment.double()
+    mean = float(wide.diagonal().mean())
+    ridge = _RIDGE * mean if mean > 0 else 1.0
+    while True:
+        wide.diagonal().add_(ridge)
+        root, trouble = torch.linalg.cholesky_ex(wide)
+        if not int(trouble):
+            return root.float()
+        ridge *= 10
 
 
 def factorize(matrix: Tensor) -> Factors:

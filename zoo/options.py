@@ -12,7 +12,8 @@ DEFAULT_AGREEMENT = 0.99
 class AddOptions:
     """How to add: `dtype` is what a `.gguf` is stored as, `wait_s` how long the lock may take.
 
-    `delta_budget` is the share of a fine-tune's bytes that `delta` may keep. `min_agreement` and
+    `delta_budget` is the share of a fine-tune's bytes that `delta` may keep, and `text` has rows
+    like those that it will read, for which it is made best. `min_agreement` and
     `budget` (nats of mean divergence) bound what `equivalent` may change. Both ways are measured on
     `rows` held-out rows of `data`, or of the built-in text, and on a `task` if one is named. What
     is `private` is never compared with what is another `tenant`'s."""
@@ -29,6 +30,7 @@ class AddOptions:
     data: Path | None = None
     rows: int = 64
     task: str | None = None
+    text: Path | None = None
     private: bool = False
     tenant: str = ""
 
@@ -47,6 +49,8 @@ def check_options(options: AddOptions) -> None:
     for flag, value in (("--min-agreement", options.min_agreement), ("--budget", options.budget)):
         if value is not None and options.store != "equivalent":
             raise UnsupportedOption(f"{flag} is only valid with --store equivalent")
+    if options.text is not None and options.store != "delta":
+        raise UnsupportedOption("--text is only valid with --store delta")
     if not 0 <= options.agreement_bound <= 1:
         raise UnsupportedOption("--min-agreement is a share: give a number from 0 to 1")
     if options.budget is not None and not options.budget >= 0:

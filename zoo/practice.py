@@ -130,12 +130,13 @@ _WORDINGS: Mapping[Split, Sequence[str]] = {
 }
 
 
-def ticket_rows(split: Split) -> list[Row]:
-    """Customers' messages and the department each belongs to, in equal numbers."""
+def ticket_rows(split: Split, count: int = 0) -> list[Row]:
+    """Customers' messages and the department each belongs to, in equal numbers; `count` of them in
+    place of the usual number, and the usual ones are the first."""
     chance = random.Random(_SEEDS[split])
     labels = sorted(_TICKETS[split])
     rows: list[Row] = []
-    for index in range(_COUNTS[split]):
+    for index in range(count or _COUNTS[split]):
         label = labels[index % len(labels)]
         wording = chance.choice(_TICKETS[split][label])
         product, day = chance.choice(_PRODUCTS[split]), chance.choice(_DAYS[split])
@@ -143,11 +144,11 @@ def ticket_rows(split: Split) -> list[Row]:
     return rows
 
 
-def date_rows(split: Split) -> list[Row]:
-    """Dates in many wordings and in ISO 8601."""
+def date_rows(split: Split, count: int = 0) -> list[Row]:
+    """Dates in many wordings and in ISO 8601; `count` as above."""
     chance = random.Random(_SEEDS[split])
     rows: list[Row] = []
-    for _ in range(_COUNTS[split]):
+    for _ in range(count or _COUNTS[split]):
         year, month = chance.choice(_YEARS[split]), chance.randint(1, 12)
         day = date(year, month, chance.randint(1, monthrange(year, month)[1]))
         rows.append(Row(_worded(day, chance.choice(_WORDINGS[split])), day.isoformat(), split))

@@ -1,5 +1,5 @@
-"""Removing what no variant needs any more: objects, their packed forms, manifests, and files of
-writers that were killed.
+"""Removing what no variant needs any more: objects, their packed forms, manifests, files of
+writers that were killed, and the work of long jobs that nobody goes on with.
 
 Kept are the objects of every variant, of the versions that aliases stay with, of findings, and what
 any of these is a difference to. Older versions go. Runs under the writer's lock, so it never meets
@@ -18,16 +18,18 @@ from zoo.packed import packed_files
 from zoo.progress import Progress
 from zoo.reach import Reach
 from zoo.store import Store
+from zoo.work import forget, size_of, stale_work
 
 
 @dataclass(frozen=True, slots=True)
 class Rubbish:
-    """What a sweep removes, or would remove; `versions` as NAME@N. `leftovers` are files of
-    writers that were killed, and packed forms of objects that go or are gone."""
+    """What a sweep removes, or would remove; `versions` as NAME@N, `work` are folders. `leftovers`
+    are files of writers that were killed, and packed forms of objects that go or are gone."""
 
     objects: list[ObjectDigest] = field(default_factory=list)
     leftovers: list[Path] = field(default_factory=list)
     versions: list[str] = field(default_factory=list)
+    work: list[Path] = field(default_factory=list)
     bytes: int = 0
 
 
@@ -41,7 +43,7 @@ def sweep(root: Path, *, delete: bool, wait_s: float, progress: Progress) -> Rub
         with contextlib.closing(catalog):
             reached = _reached(catalog, store)
             lost = _lost(catalog, reached)
-            rubbish = _find(store, reached, lost)
+            rubbish = _find(store, reached, lost, stale_work(root))
             if delete:
                 # Rows first: a crash in between leaves files that the next sweep finds again.
                 catalog.prune(reached, lost)
@@ -67,18 +69,21 @@ def _lost(catalog: Catalog, reached: set[str]) -> list[Version]:
     ]
 
 
-def _find(store: Store, reached: set[str], lost: list[Version]) -> Rubbish:
+def _find(store: Store, reached: set[str], lost: list[Version], work: list[Path]) -> Rubbish:
     objects = sorted(digest for digest in store.digests() if digest not in reached)
     kept = {digest for digest in store.digests() if digest in reached}
     packed = [path for path, digest in packed_files(store.root) if digest not in kept]
     leftovers = [*store.leftovers(), *packed]
     files = [*(store.path(digest) for digest in objects), *leftovers]
     versions = [version.reference for version in lost]
-    return Rubbish(objects, leftovers, versions, sum(file.stat().st_size for file in files))
+    freed = sum(file.stat().st_size for file in files) + sum(size_of(one) for one in work)
+    return Rubbish(objects, leftovers, versions, work, freed)
 
 
 def _delete(store: Store, rubbish: Rubbish, progress: Progress) -> None:
     for path in rubbish.leftovers:
         path.unlink(missing_ok=True)
+    for folder in rubbish.work:
+        forget(folder)
     for digest in progress.track(rubbish.objects, "sweeping"):
         store.delete(digest)

@@ -120,6 +120,7 @@ def rubbish_lines(rubbish: Rubbish, *, deleted: bool) -> list[str]:
     """`sweep`."""
     done = "deleted" if deleted else "would delete (give --yes to do so)"
     lines = [f"{done}: older version {reference}" for reference in rubbish.versions]
+    lines += [f"{done}: {path}, work that nobody went on with" for path in rubbish.work]
     count = len(rubbish.objects) + len(rubbish.leftovers)
     return [*lines, f"{done}: {count} objects, {size(rubbish.bytes)}"]
 

@@ -21,6 +21,8 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 
 _SAMPLING_SEED = 7
+# Rows that are made for each question that is wanted: many of them are equal.
+_DRAWS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,7 @@ class Task:
     recipe: Recipe
     data: str
     reshape: Callable[[Row], Row] = lambda row: row
-    generate: Callable[[Split], list[Row]] | None = None
+    generate: Callable[[Split, int], list[Row]] | None = None
 
     def messages(self, prompt: str) -> list[dict[str, str]]:
         """The conversation that asks for `prompt`'s answer."""
@@ -77,7 +79,7 @@ class Task:
         if data is not None:
             rows = [self.reshape(row) for row in read_rows(data) if row.split == split]
         elif self.generate is not None:
-            rows = self.generate(split)
+            rows = self.generate(split, 0)
         else:
             raise BadSource(f"task {self.name} needs rows: give --data FILE.jsonl.gz ({self.data})")
         if not rows:
@@ -85,9 +87,13 @@ class Task:
         return rows
 
     def questions(self, data: Path | None, count: int) -> list[Question]:
-        """At most `count` distinct held-out prompts, the same ones each time."""
+        """At most `count` distinct held-out prompts, the same ones each time; more are made where
+        the usual rows are too few and rows can be made."""
+        rows = self.rows("dev", data)
+        if data is None and self.generate is not None and count > len(rows):
+            rows = self.generate("dev", _DRAWS * count)
         references: dict[str, list[str]] = {}
-        for row in self.rows("dev", data):
+        for row in rows:
             references.setdefault(row.prompt, []).append(row.response)
         questions = [Question(prompt, tuple(texts)) for prompt, texts in references.items()]
         random.Random(_SAMPLING_SEED).shuffle(questions)

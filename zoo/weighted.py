@@ -5,7 +5,6 @@ weights in their scales. It is what peft's add_weighted_adapter calls "cat"."""
 
 import re
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,9 @@ from zoo.catalog import Catalog, Publication
 from zoo.compose import (
     Tuned,
     attachment_digest,
-    chain_digest,
     ground_of,
     publication_of,
+    variant_upon,
     with_files_of,
 )
 from zoo.errors import BadAdapter
@@ -30,6 +29,7 @@ from zoo.manifest import Attachment, Chain, LowRank, Variant
 from zoo.options import AddOptions
 from zoo.progress import Progress
 from zoo.reference import Expected, run
+from zoo.stored import Stored
 from zoo.weights import SourceTensor
 from zoo.witness import call_witness, lacks
 from zoo.writer import write_tensors
@@ -90,23 +90,9 @@ def prepare_sum(
         tuple(found and attachment_digest(found) for found in attachments),
     )
     attached = sum(found is not None for found in attachments)
-    variant = msgspec.structs.replace(
-        base,
-        name=name,
-        chain=chain_digest(chain),
-        kind=KIND,
-        base=base.name,
-        source=asked.source,
-        created=time.time(),
-        store="exact",
-        measured=None,
-        bound=None,
-        golden=None,
-        files={CONFIG_NAME: zoo.store.put_blob(config)},
-        tensors={},
-        report={"shared": len(units), "changed": 0, "attached": attached},
-    )
-    variant = with_files_of(base, variant)
+    report = {"shared": len(units), "changed": 0, "attached": attached}
+    stored = Stored(name, asked.source, {}, {CONFIG_NAME: zoo.store.put_blob(config)})
+    variant = with_files_of(base, variant_upon(base, KIND, chain, report, stored))
     publication = publication_of(zoo.store, variant, chain, Tuned(units, attachments))
     trouble = lacks(zoo.store, base, "LORA") if options.golden else "unasked"
     if trouble:

@@ -4,9 +4,11 @@ Each way is applied to every matrix of the layers of two really trained fine-tun
 norms stay exact, and the embedding is the base's, but for `low rank`, which covers it too. The
 chain that comes of it is run on the built-in held-out text beside the exact one. `MB` are what is
 kept, `share` is that of the model's bytes. `low rank` spreads its ranks over the whole model by
-what a byte brings, and is what `--store delta` does.
+what a byte brings, as near as can be in the matrices themselves or, which is what `--store delta`
+does, in what they make of other built-in text.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -18,11 +20,12 @@ from bench.result import Result
 from bench.stage import Stage
 from bench.tunes import REAL
 from bench.zoos import BASE
+from zoo.calibration import Calibration, calibration_text
 from zoo.catalog import Catalog
 from zoo.delta import as_float, compress
 from zoo.door import Manifests, offline
 from zoo.equivalence.agreement import Agreement
-from zoo.equivalence.chains import manifests_of, tensors_of, written_out
+from zoo.equivalence.chains import bounded, manifests_of, tensors_of, written_out
 from zoo.equivalence.corpus import read_corpus, tokenizer_of
 from zoo.equivalence.probe import Probe
 from zoo.manifest import ObjectDigest, Unit
@@ -47,26 +50,31 @@ def _cells(stage: Stage, zoo: Path, name: str) -> Iterator[Result]:
         probe = Probe(runner, corpus, whole, stage.zoos.progress)
         size = sum(store.info(digest).nbytes for digest in set(variant.tensors.values()))
         yield _result(name, "the base itself", 0, size, probe.agreement(plain, "base"))
-        for label, chain, kept in _ways(stage, store, plain, whole):
+        text = calibration_text(store, variant, None)
+        reader = runner.load(bounded(whole, text.shape[1] + 1))
+        calibration = Calibration(reader, text, stage.zoos.progress)
+        for label, chain, kept in _ways(stage, store, (plain, whole), calibration):
             yield _result(name, label, kept, size, probe.agreement(chain, label))
             store.take_back()
 
 
 def _ways(
-    stage: Stage, store: Store, plain: Manifests, whole: Manifests
+    stage: Stage, store: Store, chains: tuple[Manifests, Manifests], calibration: Calibration
 ) -> Iterator[tuple[str, Manifests, int]]:
     """Each way with the chain it makes, whose objects are there until the next is asked for."""
+    plain, whole = chains
     base, tuned = ([unit for _, unit in chain.units] for chain in (plain, whole))
     for label, code in CODECS.items():
         stage.say(f"codecs: {label}")
         units, kept = _coded(store, base, tuned, code)
         yield label, written_out(units, [None] * len(units), whole.context), kept
-    for share in _SHARES:
-        delta = compress(store, base, tuned, share, stage.zoos.progress)
+    for share, reads in itertools.product(_SHARES, (None, calibration)):
+        delta = compress(store, base, tuned, share, stage.zoos.progress, reads)
         chain = written_out(delta.units, delta.attachments, whole.context)
         own = tensors_of(chain) - tensors_of(plain)
         kept = sum(store.info(digest).nbytes for digest in own)
-        yield f"low rank, at most 1/{round(1 / share)}", chain, kept
+        nearest = "in itself" if reads is None else "in what it makes of text"
+        yield f"low rank, at most 1/{round(1 / share)}, nearest {nearest}", chain, kept
 
 
 def _coded(

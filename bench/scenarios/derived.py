@@ -3,19 +3,22 @@
 Everything is judged on text that nothing learned from, beside the trivial choices: for a surrogate
 the same pruning without training, blind pruning, and guesses by tables of counts; for a stitch the
 identity, a random map and least squares. `kept` is the share of greedy guesses that the true chain
-keeps along its own answers, `kept of 4` how many tokens in a row of a draft of four. Trainings take
-minutes; what the zoo holds already is not made again.
+keeps along its own answers, `kept of 4` how many tokens in a row of a draft of four. `equal` are
+tokens of the real server that are those of the chain run here. Trainings take minutes; what the zoo
+holds already is not made again.
 """
 
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+import uvloop
+
 from bench.result import Figure, Result
+from bench.scenarios.parity import TOKENS, ask_all, prompts_for
 from bench.stage import Stage
 from bench.zoos import BASE
 from zoo.catalog import Catalog
-from zoo.derived.corpus import Measure
 from zoo.derived.judgement import TRUE, Quality
 from zoo.derived.pace import Pace
 from zoo.derived.profile import BlockProfile, ProfileOptions, profile
@@ -23,8 +26,11 @@ from zoo.derived.stitch import TRAINED, StitchFinding, StitchOptions, make_stitc
 from zoo.derived.surrogate import SurrogateFinding, SurrogateOptions, make_surrogate
 from zoo.derived.training import Course
 from zoo.derived.verdict import SURROGATE
+from zoo.door import offline
+from zoo.equivalence.chains import manifests_of
 from zoo.findings import Findings
 from zoo.progress import Progress
+from zoo.text import Measure
 
 HALF, NARROW, JOINED = "half", "narrow", "joined"
 _MEASURE = Measure(held_out=24)
@@ -46,6 +52,8 @@ def run(stage: Stage) -> Iterator[Result]:
     course = Course(10 if short else 40, 4, 3e-4)
     stitching = StitchOptions(measure=_MEASURE, course=course, name=JOINED)
     yield from _stitch_cells(_stitches(zoo, stitching, stage.zoos.progress))
+    stage.say("derived: through the server")
+    yield from _served(stage, zoo)
     stage.say("derived: profiles")
     for row in profile(zoo, BASE, ProfileOptions(), stage.zoos.progress):
         yield _profile_cell(row)
@@ -125,6 +133,30 @@ def _stitch_cells(finding: StitchFinding) -> Iterator[Result]:
                 figures=figures,
                 checks=checks if name == TRAINED else {},
             )
+
+
+def _served(stage: Stage, zoo: Path) -> Iterator[Result]:
+    """The tokens that the real server gives, all variants in one batch, beside those that the door
+    finds in this process."""
+    with closing(Catalog(zoo)) as catalog:
+        chains = {one.name: manifests_of(catalog, one) for one in catalog.variants()}
+    asked = [(name, prompt) for prompt in prompts_for(BASE, 4) for name in chains]
+    with stage.server(zoo) as server:
+        answers = uvloop.run(ask_all(server.endpoint, asked, len(asked)))
+        merged = sum(block["merged_runs"] > 0 for block in server.status()["blocks"])
+    with offline(zoo) as door:
+        models = {name: door.load(chain) for name, chain in chains.items()}
+        wanted = door.generate([(models[name], ids) for name, ids, _ in answers], TOKENS)
+    for name in chains:
+        pairs = [(a[2], w) for a, w in zip(answers, wanted, strict=True) if a[0] == name]
+        equal = sum(a == b for one, two in pairs for a, b in zip(one, two, strict=True))
+        total = TOKENS * len(pairs)
+        yield Result(
+            scenario="derived",
+            cell=f"served: {name}",
+            figures={"tokens": total, "equal": equal, "blocks shared": merged},
+            checks={f"{name} is served as it was measured": equal == total},
+        )
 
 
 def _profile_cell(row: BlockProfile) -> Result:

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench import adapters
 from bench.result import Result
 from bench.stage import Stage
 from bench.variants import Checkpoint, full, last_layers
-from tests import tuned
 from zoo.add import AddOptions, add
 from zoo.listing import Listing
 from zoo.manifest import Variant
@@ -25,7 +25,7 @@ from zoo.progress import Quiet
 from zoo.store import Store
 
 BASE = "base"
-# Kinds that show each way of import; the rest of `tests.tuned` differs in settings only.
+# Kinds that show each way of import; the rest of `bench.adapters` differs in settings only.
 _QUICK = ("lora", "dora", "ia3", "prefix", "prompt", "tokens", "norm", "bottleneck")
 _UPON_BASE = AddOptions(base=BASE)
 _WEIGHTS = {".safetensors"}
@@ -79,11 +79,11 @@ def _fill(stage: Stage, zoo: Path, base: Checkpoint, scratch: Path) -> Iterator[
 
 
 def _variants(stage: Stage, base: Checkpoint) -> Iterator[_Wanted]:
-    kinds = _QUICK if stage.quick else (*tuned.KINDS, *tuned.BOTTLENECKS, *tuned.MERGED)
+    kinds = _QUICK if stage.quick else (*adapters.KINDS, *adapters.BOTTLENECKS, *adapters.MERGED)
     for seed, kind in enumerate(kinds):
         name = kind.replace(":", "-").replace(" ", "-")
         yield _Wanted(
-            name, lambda to, kind=kind, seed=seed: tuned.make(kind, to, base.folder, seed)
+            name, lambda to, kind=kind, seed=seed: adapters.make(kind, to, base.folder, seed)
         )
     yield _Wanted("sum", lambda _: "lora+0.5*lora" if stage.quick else "lora+0.5*lora-patterns")
     yield _Wanted("last-2", lambda to: last_layers(base, to, layers=2, seed=1))

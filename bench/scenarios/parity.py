@@ -36,14 +36,14 @@ def run(stage: Stage) -> Iterator[Result]:
     with closing(Catalog(zoo)) as catalog:
         served = catalog.variants()
     count, alone = (4, 1) if stage.quick else (20, 3)
-    asked = [(v.name, prompt) for v in served for prompt in _prompts(v.name, count)]
+    asked = [(v.name, prompt) for v in served for prompt in prompts_for(v.name, count)]
     random.Random(0).shuffle(asked)
-    again = [(v.name, prompt) for v in served for prompt in _prompts(v.name, alone)]
+    again = [(v.name, prompt) for v in served for prompt in prompts_for(v.name, alone)]
     with stage.server(zoo) as server:
         stage.say(f"parity: {len(asked)} prompts in mixed batches of {TOGETHER}")
-        mixed = uvloop.run(_ask(server.endpoint, asked, TOGETHER))
+        mixed = uvloop.run(ask_all(server.endpoint, asked, TOGETHER))
         stage.say(f"parity: {len(again)} of them alone")
-        single = uvloop.run(_ask(server.endpoint, again, 1))
+        single = uvloop.run(ask_all(server.endpoint, again, 1))
         merged = sum(block["merged_runs"] for block in server.status()["blocks"])
     with tempfile.TemporaryDirectory(prefix="blockllm-parity-") as scratch:
         for variant in served:
@@ -76,8 +76,8 @@ def _cell(variant: Variant, judged: list[tuple[int, int]], moved: int, merged: i
     )
 
 
-def _prompts(name: str, count: int) -> Iterator[str]:
-    """Pieces of Python's own documentation, the same each time."""
+def prompts_for(name: str, count: int) -> Iterator[str]:
+    """Prompts for a variant: pieces of Python's own documentation, the same each time."""
     text = "\n".join(topics[key] for key in sorted(topics))
     chance = random.Random(name)
     for _ in range(count):
@@ -85,7 +85,8 @@ def _prompts(name: str, count: int) -> Iterator[str]:
         yield text[start : start + chance.randrange(20, 300)]
 
 
-async def _ask(endpoint: str, asked: Sequence[tuple[str, str]], at_once: int) -> list[Answer]:
+async def ask_all(endpoint: str, asked: Sequence[tuple[str, str]], at_once: int) -> list[Answer]:
+    """Greedy answers of variants to prompts: name, prompt and `TOKENS` tokens of each."""
     gate = asyncio.Semaphore(at_once)
 
     async def ask(client: AsyncClient, name: str, prompt: str) -> Answer:

@@ -5,12 +5,13 @@ import contextlib
 import os
 import signal
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
 import zmq
 
+from engine.child import Child
 from engine.config import Config
 from engine.fleet import Fleet, WorkerFailed
 from tests.engine import rig
@@ -56,6 +57,34 @@ def test_every_worker_greets_and_reports() -> None:
             assert {hello.name for hello in crew.hellos} == {"cpu-0.1", "cpu-1.1"}
             told = lambda: {n for n, r in crew.reports if isinstance(r, wire.Status)}  # noqa: E731
             await rig.until(lambda: len(told()) == 2)
+
+    rig.run(test())
+
+
+@pytest.mark.parametrize("fields", [{}, {"version": 99}])
+def test_a_worker_may_greet_before_its_start_is_over(
+    fields: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.script(monkeypatch, **fields)
+    spawn = Child.spawn
+    started: list[Child] = []
+
+    async def late(command: Sequence[str]) -> Child:
+        child = await spawn(command)
+        await asyncio.sleep(1.0)
+        started.append(child)
+        return child
+
+    monkeypatch.setattr(Child, "spawn", late)
+
+    async def test() -> None:
+        if fields:
+            with pytest.RaisesGroup(pytest.RaisesExc(WorkerFailed, match="cannot be started")):
+                async with asyncio.timeout(20):
+                    await _run_alone()
+        else:
+            async with fleet() as (_, crew):
+                await rig.until(lambda: len(crew.hellos) == len(started) == 1)
 
     rig.run(test())
 

@@ -10,8 +10,8 @@ import uvloop
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from bench import adapters
 from engine.client import AsyncClient
-from tests import tuned
 from tests.system.running import running
 from tests.workers.family_zoo import wrong_tokens
 from zoo.add import AddOptions, add
@@ -90,7 +90,7 @@ def test_every_adapter_is_served_exactly_beside_its_base(zoo: Path, tmp_path: Pa
 @pytest.mark.parametrize("kind", ["dora", "ia3", "prefix", "bottleneck:both halves"])
 def test_every_way_of_tuning_is_proven_on_the_real_model(zoo: Path, tmp_path: Path, kind: str):
     export(zoo, BASE, tmp_path / "base", Quiet())
-    source = tuned.make(kind, tmp_path / "adapter", tmp_path / "base")
+    source = adapters.make(kind, tmp_path / "adapter", tmp_path / "base")
     variant = add(zoo, "tuned", str(source), AddOptions(base=BASE, replace=True), Quiet())
     assert variant.golden is not None
     assert variant.golden < 1e-4

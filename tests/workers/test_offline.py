@@ -71,6 +71,51 @@ def test_hidden_states_are_the_models(family):
             loaded.hidden(asked, 10)
 
 
+def inputs_of(model, asked: list[list[int]]) -> dict[str, torch.Tensor]:
+    """What each linear layer of transformers reads, by its name: the mean of x x^T."""
+    seen: dict[str, list[torch.Tensor]] = {}
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda _, given, name=name: seen.setdefault(name, []).append(given[0][0])
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    with torch.no_grad():
+        for tokens in asked:
+            model(torch.tensor([tokens]))
+    for hook in hooks:
+        hook.remove()
+    rows = {name: torch.cat(found) for name, found in seen.items()}
+    return {name: x.T @ x / len(x) for name, x in rows.items()}
+
+
+@pytest.mark.parametrize("ops", OPS)
+def test_the_moments_of_what_linear_layers_read_are_the_models(family, ops):
+    asked = sequences(40, 3, 70, 200)
+    names = {
+        (1, "q"): "model.layers.0.self_attn.q_proj",
+        (1, "v"): "model.layers.0.self_attn.v_proj",
+        (5, "o"): "model.layers.2.self_attn.o_proj",
+        (8, "gate"): "model.layers.3.mlp.gate_proj",
+        (8, "down"): "model.layers.3.mlp.down_proj",
+        (9, "head"): "lm_head",
+    }
+    wanted = inputs_of(family.reference("last"), asked)
+    with offline(family.zoo, ops=ops) as chains:
+        model = chains.load(manifests(family.zoo, "last"))
+        whole = model.moments([asked[:2], asked[2:]], list(names))
+        lower = model.moments([asked], [place for place in names if place[0] < 6])
+        after = model.logits(asked[:1])
+    for place, name in names.items():
+        assert close(whole[place], wanted[name])
+        if place[0] < 6:
+            assert close(lower[place], wanted[name])
+    assert whole[1, "q"] is whole[1, "v"]
+    with torch.no_grad():
+        assert close(after[0], family.reference("last")(torch.tensor(asked[:1])).logits[0])
+
+
 def test_what_it_returns_can_be_trained_upon(family):
     with offline(family.zoo) as chains:
         (x,) = chains.load(manifests(family.zoo, "base")).hidden(sequences(9), 3)

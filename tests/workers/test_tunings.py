@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from bench import adapters
 from tests import builders, tuned
 from tests.workers.local import LocalWorker
 from zoo.add import AddOptions, add
@@ -56,8 +57,8 @@ def fleet(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     layers = "h." if request.param == "gpt2" else "layers."
     full = builders.fine_tune(folder / "full", base, [layers])
     _put(made, FULL, full, AutoModelForCausalLM.from_pretrained(full).eval())
-    for kind in [*tuned.KINDS, *tuned.BOTTLENECKS, MERGED]:
-        source = tuned.make(kind, folder / kind, base, seed=len(made.names))
+    for kind in [*adapters.KINDS, *adapters.BOTTLENECKS, MERGED]:
+        source = adapters.make(kind, folder / kind, base, seed=len(made.names))
         _put(made, kind, source, tuned.load(base, source))
     return made
 

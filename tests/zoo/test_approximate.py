@@ -1,6 +1,7 @@
 """Fine-tunes stored as deltas and as equivalents: what is kept, what was measured, what is
 served."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,11 @@ from safetensors.torch import load_file
 
 from tests import builders
 from tests.zoo.conftest import Adder
+from zoo.calibration import Calibration
 from zoo.catalog import Catalog
 from zoo.delta import Delta, compress
 from zoo.door import offline
-from zoo.equivalence.chains import manifests_of
+from zoo.equivalence.chains import manifests_of, written_out
 from zoo.errors import BadCheckpoint, BadSource, UnsupportedOption
 from zoo.export import export
 from zoo.listing import Listing
@@ -156,6 +158,53 @@ def test_a_budget_that_norms_alone_exceed_is_refused(root: Path, put: Adder, fol
         compressed(root, put, folders, 1e-4)
 
 
+def test_a_delta_is_nearest_in_what_it_makes_of_its_text(
+    root: Path, put: Adder, folders: Path, tmp_path: Path
+):
+    put("base", folders / "llama")
+    tuned = builders.fine_tune(tmp_path / "tuned", folders / "llama", [""], scale=0.02)
+    exact = put("exact", tuned, base="base")
+    catalog, store = Catalog(root), Store(root)
+    chains = [manifests_of(catalog, catalog.variant(name)) for name in ("base", "exact")]
+    base, whole = ([unit for _, unit in chain.units] for chain in chains)
+    # Few tokens, over and over: what they do not use counts little.
+    text = torch.randint(0, 12, (24, 40), generator=torch.Generator().manual_seed(0))
+    found: list[Delta] = []
+    with offline(root) as runner:
+        reader = runner.load(chains[1])
+        known = reader.logits(text.tolist())
+        divergences = []
+        rooms = (0, 1)
+        calibrations = [None, *(Calibration(reader, text, Quiet(), room) for room in rooms)]
+        for calibration in calibrations:
+            delta = compress(store, base, whole, 0.2, Quiet(), calibration)
+            model = runner.load(written_out(delta.units, delta.attachments, exact.context))
+            others = model.logits(text.tolist())
+            pairs = zip(known, others, strict=True)
+            divergences.append(sum(float((a - b).square().sum()) for a, b in pairs))
+            found.append(delta)
+    assert divergences[1] < 0.7 * divergences[0]
+    assert found[1].attachments == found[2].attachments
+
+
+def test_a_delta_reads_the_rows_that_it_is_given(
+    root: Path, put: Adder, folders: Path, tmp_path: Path
+):
+    put("base", folders / "llama")
+    rows = [{"prompt": f"say {i}", "response": f"{i} " * 40, "split": "train"} for i in range(40)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    chains = [
+        put(name, folders / "llama-tuned", base="base", store="delta", rows=2, delta_budget=0.2,
+            text=text).chain
+        for name, text in (("plain", None), ("fitted", path), ("again", path))
+    ]  # fmt: skip
+    assert chains[0] != chains[1] == chains[2]
+    path.write_text(json.dumps(rows[0]))
+    with pytest.raises(BadSource, match="too little text"):
+        put("short", folders / "llama-tuned", base="base", store="delta", text=path)
+
+
 def test_an_equivalent_points_at_its_base_within_its_bound(
     root: Path, put: Adder, tmp_path: Path, folders: Path
 ):
@@ -196,6 +245,7 @@ def test_a_task_is_scored_beside_the_exact_one(root: Path, put: Adder, folders: 
         ({"store": "delta", "budget": 0.1}, "only valid with --store equivalent"),
         ({"store": "equivalent", "min_agreement": 1.5}, "from 0 to 1"),
         ({"store": "equivalent", "budget": -1.0}, "from 0"),
+        ({"store": "equivalent", "text": Path("rows.jsonl")}, "only valid with --store delta"),
         ({"store": "delta", "delta_budget": 0.0}, "share of the bytes"),
         ({"store": "most"}, "exact, delta or equivalent"),
     ],

@@ -57,6 +57,18 @@ def test_dates_are_right_and_held_out_years_are_new() -> None:
     assert not years["train"] & years["dev"]
 
 
+def test_more_questions_are_made_where_the_usual_are_too_few() -> None:
+    for make in (ticket_rows, date_rows):
+        assert make("dev", 500)[:200] == make("dev")
+    dates, tickets = TASKS["dates"], TASKS["tickets"]
+    assert len(dates.questions(None, 200)) < 200
+    assert len(dates.questions(None, 600)) == 600
+    few, many = (tickets.questions(None, count) for count in (200, 600))
+    assert {one.prompt for one in few} < {one.prompt for one in many}
+    # There are no more that differ.
+    assert len(many) == len(tickets.questions(None, 900)) < 200
+
+
 def test_file_rows_are_grouped_into_questions_with_all_their_references(tmp_path: Path) -> None:
     data = write_rows(
         tmp_path / "rows.jsonl.gz",

@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from bench import adapters
+from bench.variants import randomize
 from tests import builders, tuned
 from tests.zoo.test_add import assert_same_tensors
 from zoo.adapters.adapter import read_adapter
@@ -30,7 +32,7 @@ from zoo.witness import call_witness
 
 # GPT-2 has biases, norms with biases, and matrices that lie the other way.
 CASES = [
-    *(("llama", kind) for kind in [*tuned.KINDS, *tuned.BOTTLENECKS]),
+    *(("llama", kind) for kind in [*adapters.KINDS, *adapters.BOTTLENECKS]),
     *(("gpt2", kind) for kind in ("lora:biases beside", "dora", "ia3:inputs", "norm")),
 ]
 # Largest difference of two logits, over the largest logit.
@@ -93,7 +95,7 @@ TOKENS = [7, 300, 2, 45, 7, 8, 9, 250, 3, 120, 121, 122, 5, 6, 64, 310, 1]
 def test_a_kind_is_proven_and_comes_back_bit_equal(
     bases: Path, tmp_path: Path, base: str, kind: str
 ):
-    source = tuned.make(kind, tmp_path / "source", bases / base)
+    source = adapters.make(kind, tmp_path / "source", bases / base)
     variant = put(bases, source, base)
     assert variant.kind == kind.partition(":")[0]
     assert variant.base == base
@@ -108,16 +110,16 @@ def test_a_kind_is_proven_and_comes_back_bit_equal(
     "kind", ["lora:embedding and head", "lora:tokens", "lora:whole embedding", "tokens"]
 )
 def test_a_tied_head_takes_what_peft_gives_it(bases: Path, tmp_path: Path, kind: str):
-    source = tuned.make(kind, tmp_path / "source", bases / "tied")
+    source = adapters.make(kind, tmp_path / "source", bases / "tied")
     variant = put(bases, source, "tied")
     wanted = reference_logits(tuned.load(bases / "tied", source), TOKENS)
     given = logits_of(bases / "zoo", variant, TOKENS)
     assert float((given - wanted).abs().max() / wanted.abs().max()) < ROUNDING
 
 
-@pytest.mark.parametrize("kind", tuned.MERGED)
+@pytest.mark.parametrize("kind", adapters.MERGED)
 def test_a_kind_without_pieces_is_merged_exactly(bases: Path, tmp_path: Path, kind: str):
-    source = tuned.make(kind, tmp_path / "source", bases / "llama")
+    source = adapters.make(kind, tmp_path / "source", bases / "llama")
     told = Told()
     root = bases / "zoo"
     variant = add(root, "tuned", str(source), AddOptions(base="llama", replace=True), told)
@@ -131,7 +133,7 @@ def test_a_kind_without_pieces_is_merged_exactly(bases: Path, tmp_path: Path, ki
 
 
 def test_virtual_tokens_take_their_part_of_the_context(bases: Path, tmp_path: Path):
-    source = tuned.make("prefix:projected", tmp_path / "source", bases / "llama")
+    source = adapters.make("prefix:projected", tmp_path / "source", bases / "llama")
     variant = put(bases, source, "llama")
     assert variant.context == 256 - 19
     attachments = [
@@ -144,13 +146,13 @@ def test_virtual_tokens_take_their_part_of_the_context(bases: Path, tmp_path: Pa
 
 def test_norm_and_low_rank_tunings_share_every_unit(bases: Path, tmp_path: Path):
     for kind, attached in (("norm", 9), ("lora:tokens", 9), ("dora", 8)):
-        source = tuned.make(kind, tmp_path / kind, bases / "llama")
+        source = adapters.make(kind, tmp_path / kind, bases / "llama")
         report = put(bases, source, "llama").report
         assert report == {"shared": 10, "changed": 0, "attached": attached}, kind
 
 
 def test_saved_modules_that_are_the_bases_own_cost_nothing(bases: Path, tmp_path: Path):
-    source = tuned.make("lora", tmp_path / "source", bases / "llama")
+    source = adapters.make("lora", tmp_path / "source", bases / "llama")
     base = load_file(bases / "llama" / "model.safetensors")
     path = source / "adapter_model.safetensors"
     own = {"base_model.model.lm_head.weight": base["lm_head.weight"]}
@@ -169,9 +171,9 @@ def grown(path: Path, base: Path, added: int = 3) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.resize_token_embeddings(builders.VOCABULARY + added, mean_resizing=False)
-        config = tuned.KINDS["lora"](tuned.names_of(base))
+        config = adapters.KINDS["lora"](adapters.names_of(base))
         adapted = peft.get_peft_model(model, config)
-        builders.randomize(adapted, 1)
+        randomize(adapted, 1)
         adapted.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
@@ -190,7 +192,7 @@ def test_added_tokens_come_with_their_own_tokenizer(bases: Path, tmp_path: Path,
 
 
 def damaged(bases: Path, tmp_path: Path, kind: str, settings: dict[str, Any]) -> Path:
-    source = tuned.make(kind, tmp_path / "source", bases / "llama")
+    source = adapters.make(kind, tmp_path / "source", bases / "llama")
     path = source / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
     return source
@@ -209,10 +211,10 @@ def damaged(bases: Path, tmp_path: Path, kind: str, settings: dict[str, Any]) ->
         ("prompt", {"peft_type": "MULTITASK_PROMPT_TUNING"}, "requests do not carry"),
         ("ia3", {"peft_type": "PROMPT_TUNING"}, "'prompt_embeddings' and nothing else"),
         ("ia3", {"peft_type": "LORA"}, "made for another base"),
-        ("bottleneck", {"config": tuned.SERIAL | {"use_gating": True}}, "gates"),
-        ("bottleneck", {"config": tuned.SERIAL | {"inv_adapter": "nice"}}, "invertible"),
-        ("bottleneck", {"config": tuned.SERIAL | {"non_linearity": "mish"}}, "'mish'"),
-        ("bottleneck", {"config": tuned.SERIAL | {"original_ln_after": False}}, "not at all"),
+        ("bottleneck", {"config": adapters.SERIAL | {"use_gating": True}}, "gates"),
+        ("bottleneck", {"config": adapters.SERIAL | {"inv_adapter": "nice"}}, "invertible"),
+        ("bottleneck", {"config": adapters.SERIAL | {"non_linearity": "mish"}}, "'mish'"),
+        ("bottleneck", {"config": adapters.SERIAL | {"original_ln_after": False}}, "not at all"),
         ("bottleneck", {"config": {"architecture": "lora", "r": 8}}, "kind 'lora'"),
         ("bottleneck", {"config": "houlsby"}, "is not valid"),
     ],
@@ -231,14 +233,14 @@ def test_what_would_be_computed_wrongly_is_refused(
 @pytest.mark.parametrize("kind", ["ia3", "prefix", "prompt", "norm", "dora", "bottleneck"])
 def test_an_adapter_of_another_base_is_refused(bases: Path, tmp_path: Path, kind: str):
     builders.tiny_llama(tmp_path / "wide", hidden_size=32, intermediate_size=48)
-    source = tuned.make(kind, tmp_path / "source", tmp_path / "wide")
+    source = adapters.make(kind, tmp_path / "source", tmp_path / "wide")
     with pytest.raises(BadAdapter, match="made for another base"):
         put(bases, source, "llama")
 
 
 def test_the_golden_check_refuses_a_chain_that_is_not_its_source(bases: Path, tmp_path: Path):
     """The scale in the config is not what the pieces get: the place is named, nothing is left."""
-    source = tuned.make("lora", tmp_path / "source", bases / "llama")
+    source = adapters.make("lora", tmp_path / "source", bases / "llama")
     before = set(Store(bases / "zoo").digests())
     path = source / "adapter_config.json"
     config = json.loads(path.read_text())
@@ -255,9 +257,9 @@ def test_what_rounding_does_is_measured_on_the_source_itself(bases: Path):
     assert 0 < noise(run(model, [TOKENS])) < ROUNDING
 
 
-@pytest.mark.parametrize("kind", [*tuned.BOTTLENECKS])
+@pytest.mark.parametrize("kind", [*adapters.BOTTLENECKS])
 def test_rounding_is_measured_beside_bottlenecks_too(bases: Path, tmp_path: Path, kind: str):
-    source = tuned.make(kind, tmp_path / "source", bases / "llama")
+    source = adapters.make(kind, tmp_path / "source", bases / "llama")
     catalog, store = Catalog(bases / "zoo"), Store(bases / "zoo")
     base = catalog.variant("llama")
     units = [catalog.unit(unit) for unit in catalog.chain(base.chain).units]
@@ -270,7 +272,7 @@ def test_weighted_adapters_add_up_as_peft_adds_them(bases: Path, tmp_path: Path)
     root = bases / "zoo"
     terms = {"a": ("lora:patterns", 1.0), "b": ("lora:embedding and head", -0.5)}
     for name, (kind, _) in terms.items():
-        tuned.make(kind, tmp_path / name, bases / "llama", seed=ord(name))
+        adapters.make(kind, tmp_path / name, bases / "llama", seed=ord(name))
         source = str(tmp_path / name)
         add(root, name, source, AddOptions(base="llama", replace=True), Quiet())
     before = Store(root).disk_bytes()
@@ -297,10 +299,10 @@ def test_weighted_adapters_add_up_as_peft_adds_them(bases: Path, tmp_path: Path)
 def test_what_does_not_add_up_is_refused(bases: Path, tmp_path: Path):
     root = bases / "zoo"
     for kind in ("lora", "dora", "prefix", "lora:tokens"):
-        source = tuned.make(kind, tmp_path / kind, bases / "llama")
+        source = adapters.make(kind, tmp_path / kind, bases / "llama")
         name = kind.replace(":", "-")
         add(root, name, str(source), AddOptions(base="llama", replace=True), Quiet())
-    other = tuned.make("lora", tmp_path / "other", bases / "gpt2")
+    other = adapters.make("lora", tmp_path / "other", bases / "gpt2")
     add(root, "other", str(other), AddOptions(base="gpt2", replace=True), Quiet())
     for asked, message in {
         "lora+0.5*dora": "gains .* do not add up",
@@ -317,7 +319,7 @@ def test_what_does_not_add_up_is_refused(bases: Path, tmp_path: Path):
 
 
 def test_an_adapter_saved_as_a_pickle_by_the_library_is_refused(bases: Path, tmp_path: Path):
-    source = tuned.make("bottleneck", tmp_path / "source", bases / "llama")
+    source = adapters.make("bottleneck", tmp_path / "source", bases / "llama")
     (source / "adapter.safetensors").rename(source / "pytorch_adapter.bin")
     with pytest.raises(ZooError, match="pickle file"):
         put(bases, source, "llama")
@@ -326,9 +328,9 @@ def test_an_adapter_saved_as_a_pickle_by_the_library_is_refused(bases: Path, tmp
 def test_a_head_that_was_trained_beside_a_bottleneck_is_the_variants_own(
     bases: Path, tmp_path: Path
 ):
-    source = tuned.make("bottleneck", tmp_path / "source", bases / "llama")
-    head = load_file(source / tuned.HEAD_FILE)["lm_head.weight"]
-    save_file({"lm_head.weight": head * 2}, source / tuned.HEAD_FILE)
+    source = adapters.make("bottleneck", tmp_path / "source", bases / "llama")
+    head = load_file(source / adapters.HEAD_FILE)["lm_head.weight"]
+    save_file({"lm_head.weight": head * 2}, source / adapters.HEAD_FILE)
     variant = put(bases, source, "llama")
     assert variant.report == {"shared": 9, "changed": 1, "attached": 4}
     shutil.rmtree(source)
@@ -336,7 +338,7 @@ def test_a_head_that_was_trained_beside_a_bottleneck_is_the_variants_own(
 
 
 def test_pieces_are_what_the_manifest_calls_them(bases: Path, tmp_path: Path):
-    source = tuned.make("ia3", tmp_path / "source", bases / "gpt2")
+    source = adapters.make("ia3", tmp_path / "source", bases / "gpt2")
     variant = put(bases, source, "gpt2")
     catalog = Catalog(bases / "zoo")
     found: list[Attachment | None] = [

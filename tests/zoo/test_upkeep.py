@@ -1,7 +1,9 @@
 """Verify, remove and sweep: what is damaged is found, what is not needed goes."""
 
+import os
 import random
 import sqlite3
+import time
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from zoo.remove import remove
 from zoo.store import Store
 from zoo.sweep import Rubbish, sweep
 from zoo.verify import Damage, verify
+from zoo.work import work_folder
 
 
 def swept(root: Path, *, delete: bool = True) -> Rubbish:
@@ -137,6 +140,22 @@ def test_an_adapter_keeps_the_units_of_a_base_that_is_gone(family: Path):
     swept(family)
     assert verify(family, Quiet()).damages == []
     assert [row.variants for row in Listing(family).blocks()] == [["tuned"]]
+
+
+def test_a_sweep_takes_work_that_nobody_goes_on_with(family: Path):
+    fresh, stale = work_folder(family, "a", 1), work_folder(family, "a", 2)
+    for folder in (fresh, stale):
+        folder.mkdir(parents=True)
+        (folder / "training.safetensors").write_bytes(b"12345")
+    eight_days_ago = time.time() - 8 * 24 * 3600
+    os.utime(stale, (eight_days_ago, eight_days_ago))
+    expected = Rubbish(work=[stale], bytes=5)
+    assert swept(family, delete=False) == expected
+    assert stale.is_dir()
+    assert swept(family) == expected
+    assert not stale.exists()
+    assert (fresh / "training.safetensors").is_file()
+    assert swept(family) == Rubbish()
 
 
 def test_a_sweep_of_nothing_makes_nothing(root: Path):

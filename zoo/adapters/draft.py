@@ -74,10 +74,7 @@ class Draft:
         pieces = self.pieces.get(unit)
         if not pieces:
             return None
-        ordered = sorted(
-            pieces, key=lambda piece: (type(piece).__name__, getattr(piece, "role", ""))
-        )
-        return Attachment(tuple(_settled(piece, digests) for piece in ordered))
+        return Attachment(tuple(_settled(p, digests) for p in sorted(pieces, key=_order)))
 
 
 def _order(piece: Piece) -> tuple[str, str]:

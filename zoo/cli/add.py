@@ -26,6 +26,10 @@ Budget = Annotated[float | None, Option(help="equivalent: the most divergence, n
 Data = Annotated[
     Path | None, Option(metavar="FILE", help="Held-out rows to measure delta or equivalent on.")
 ]
+Text = Annotated[
+    Path | None,
+    Option(metavar="FILE", help="delta: training rows like what it will read, to be best at them."),
+]
 Rows = Annotated[int, Option(min=1, help="Held-out rows to read.")]
 Task = Annotated[str | None, Option(help="Score this task too while measuring.")]
 Private = Annotated[bool, Option("--private", help="Never compare it with another tenant's.")]
@@ -45,6 +49,7 @@ def add_command(  # noqa: PLR0913 one parameter per option
     delta_budget: DeltaBudget = 1 / 12,
     min_agreement: MinAgreement = None,
     budget: Budget = None,
+    text: Text = None,
     data: Data = None,
     rows: Rows = 64,
     task: Task = None,
@@ -69,6 +74,7 @@ def add_command(  # noqa: PLR0913 one parameter per option
         golden=golden,
         delta_budget=delta_budget,
         budget=budget,
+        text=text,
         data=data,
         rows=rows,
         task=task,

@@ -45,10 +45,10 @@ def surrogate_command(  # noqa: PLR0913 one parameter per option
 ) -> None:
     """Make a cheaper stand-in of a variant: pruned, then taught by it. What was killed goes on.
     --json: a zoo.derived.surrogate.SurrogateFinding."""
-    from zoo.derived.corpus import Measure
     from zoo.derived.surrogate import SurrogateOptions, make_surrogate
     from zoo.derived.tables import surrogate_lines, surrogate_table
     from zoo.derived.training import Course
+    from zoo.text import Measure
 
     options = SurrogateOptions(
         ratio=ratio,
@@ -90,10 +90,10 @@ def stitch_command(  # noqa: PLR0913 one parameter per option
 ) -> None:
     """Train maps that let a request begin in A and end in B. What was killed goes on.
     --json: a zoo.derived.stitch.StitchFinding."""
-    from zoo.derived.corpus import Measure
     from zoo.derived.stitch import StitchOptions, make_stitch
     from zoo.derived.tables import stitch_lines, stitch_table
     from zoo.derived.training import Course
+    from zoo.text import Measure
 
     options = StitchOptions(
         at=at,

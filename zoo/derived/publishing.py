@@ -5,7 +5,6 @@ once and batched together.
 """
 
 import contextlib
-import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from zoo.catalog import Catalog
-from zoo.compose import Tuned, chain_digest, publication_of, unit_digest
+from zoo.compose import Tuned, chain_digest, publication_of, unit_digest, variant_upon
 from zoo.derived.config import config_of
 from zoo.derived.network import Network
 from zoo.derived.subject import Subject, check_free
@@ -25,6 +24,7 @@ from zoo.lock import writing
 from zoo.manifest import Chain, EmbedSpec, ObjectDigest, Unit, Variant
 from zoo.progress import Progress
 from zoo.store import Store
+from zoo.stored import Stored
 from zoo.zoo import Zoo
 
 _DTYPES = {
@@ -109,20 +109,11 @@ def _variant(store: Store, draft: Draft, units: Sequence[Unit], chain: Chain) ->
         config = config_of(store.blob(told), true.family, specs, draft.kept, tied=tied)
     if config is not None:
         files["config.json"] = store.put_blob(config)
-    return msgspec.structs.replace(
-        true,
-        name=draft.name,
-        chain=chain_digest(chain),
-        kind=draft.kind,
-        base=true.name,
-        source=f"{draft.kind} of {true.name}",
-        created=time.time(),
-        hidden=embed.hidden,
-        files=files,
-        tensors=_named(true.family, units, tied=tied) if config is not None else {},
-        report={"shared": shared, "changed": len(units) - shared, "attached": 0},
-        borrowed=(),
-    )
+    tensors = _named(true.family, units, tied=tied) if config is not None else {}
+    report = {"shared": shared, "changed": len(units) - shared, "attached": 0}
+    brought = Stored(draft.name, f"{draft.kind} of {true.name}", tensors, files)
+    variant = variant_upon(true, draft.kind, chain, report, brought)
+    return msgspec.structs.replace(variant, hidden=embed.hidden)
 
 
 def _named(family: str, units: Sequence[Unit], *, tied: bool) -> dict[str, ObjectDigest]:

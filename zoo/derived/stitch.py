@@ -13,7 +13,6 @@ import msgspec
 import torch
 from torch import Tensor
 
-from zoo.derived.corpus import Measure, read_corpus
 from zoo.derived.cut import layers_of
 from zoo.derived.distillation import POSITION_STEP, divergence
 from zoo.derived.join import Join, fitted, identity, joined, read_joins, streams, untrained
@@ -21,7 +20,7 @@ from zoo.derived.judgement import TRUE, Logits, Quality, judge, logits_of
 from zoo.derived.network import Part
 from zoo.derived.pace import Pace, paces
 from zoo.derived.publishing import Draft, opened, publish, put
-from zoo.derived.subject import Subject, check_free, fast_dtype, read_subject, work_folder
+from zoo.derived.subject import Subject, check_free, fast_dtype, read_subject
 from zoo.derived.training import Course, Loss, Training, pick
 from zoo.door import offline
 from zoo.equivalence.corpus import tokenizer_print
@@ -31,6 +30,8 @@ from zoo.manifest import ObjectDigest, StitchSpec, Unit, attention_of
 from zoo.names import checked_name
 from zoo.progress import Progress
 from zoo.store import Store
+from zoo.text import Measure, read_corpus
+from zoo.work import work_folder
 from zoo.zoo import Zoo
 
 KIND = "stitch"

@@ -1,8 +1,4 @@
-"""A variant as the thing that something is made from: its manifests, and a folder for the work.
-
-What is under way lies in <zoo>/work/<key>, where the key names the chain and every option that the
-result depends on: a training that was killed is found again, another one is not mistaken for it.
-"""
+"""A variant as the thing that something is made from: its manifests and its weights."""
 
 import contextlib
 from dataclasses import dataclass
@@ -13,7 +9,7 @@ import torch
 from zoo.catalog import Catalog, name_taken
 from zoo.derived.network import Network, read_network
 from zoo.errors import UnknownVariant, UnsupportedFamily
-from zoo.manifest import ChainDigest, Manifests, Unit, UnitDigest, Variant, digest
+from zoo.manifest import ChainDigest, Manifests, Unit, UnitDigest, Variant
 from zoo.store import Store
 from zoo.train import is_bfloat16_fast
 
@@ -67,11 +63,6 @@ def check_free(root: Path, name: str, chain: ChainDigest | None = None) -> None:
             return
     if known.chain != chain:
         raise name_taken(name)
-
-
-def work_folder(root: Path, *facts: object) -> Path:
-    """Where the work that these facts define is kept while it is under way."""
-    return root / "work" / digest(facts)[:24]
 
 
 def fast_dtype() -> torch.dtype:

@@ -12,14 +12,13 @@ import msgspec
 import torch
 from torch import Tensor
 
-from zoo.derived.corpus import Corpus, Measure, read_corpus
 from zoo.derived.cut import Cut, Shape, layers_of, shapes
 from zoo.derived.distillation import distillation
 from zoo.derived.importance import Importance, at_random, directions_at_random
 from zoo.derived.network import Network
 from zoo.derived.pruning import narrow, prune
 from zoo.derived.publishing import Draft, opened, publish, stored
-from zoo.derived.subject import check_free, fast_dtype, read_subject, work_folder
+from zoo.derived.subject import check_free, fast_dtype, read_subject
 from zoo.derived.training import Course, Training
 from zoo.derived.verdict import Verdict, weigh
 from zoo.errors import UnsupportedOption
@@ -28,6 +27,8 @@ from zoo.manifest import Unit, Variant
 from zoo.names import checked_name
 from zoo.progress import Progress
 from zoo.store import Store
+from zoo.text import Corpus, Measure, read_corpus
+from zoo.work import work_folder
 
 KIND = "surrogate"
 # Chunks of text that importance is measured on.

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from zoo.derived.corpus import Corpus
 from zoo.derived.judgement import (
     Acceptance,
     Guesses,
@@ -24,6 +23,7 @@ from zoo.derived.pace import Pace, paces
 from zoo.derived.subject import Subject, fast_dtype
 from zoo.door import offline
 from zoo.progress import Progress
+from zoo.text import Corpus
 
 if TYPE_CHECKING:
     from zoo.door import Model

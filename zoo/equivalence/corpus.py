@@ -110,7 +110,7 @@ def _built_in() -> list[Row]:
         [Row(task.instruction.format(prompt=row.prompt), row.response, "dev") for row in rows]
         for task in TASKS.values()
         if task.generate is not None
-        for rows in [task.generate("dev")]
+        for rows in [task.generate("dev", 0)]
     ]
     return [row for rows in zip(*made, strict=True) for row in rows]
 

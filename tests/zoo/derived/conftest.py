@@ -9,11 +9,11 @@ import torch
 
 from tests.builders import tiny_llama
 from zoo.add import AddOptions, add
-from zoo.derived.corpus import Measure, read_corpus
 from zoo.derived.publishing import Draft, publish, stored
 from zoo.derived.subject import read_subject
 from zoo.derived.training import Course, Training
 from zoo.progress import Quiet
+from zoo.text import Measure, read_corpus
 
 MEASURE = Measure(length=32, held_out=16, train=2000)
 

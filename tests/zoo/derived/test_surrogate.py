@@ -8,12 +8,15 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.builders import fine_tune
 from tests.zoo.derived.conftest import MEASURE
+from zoo.add import AddOptions, add
 from zoo.catalog import Catalog
 from zoo.derived.judgement import TRUE, accept, bigrams, lookup
 from zoo.derived.subject import read_subject
@@ -24,6 +27,7 @@ from zoo.errors import BadSource, NameTaken, UnknownVariant, UnsupportedOption
 from zoo.export import export
 from zoo.findings import Findings
 from zoo.progress import Quiet
+from zoo.remove import remove
 
 COURSE = Course(steps=60, batch=8, rate=3e-3)
 OPTIONS = SurrogateOptions(ratio=0.5, measure=MEASURE, course=COURSE)
@@ -31,8 +35,6 @@ OPTIONS = SurrogateOptions(ratio=0.5, measure=MEASURE, course=COURSE)
 
 @pytest.fixture(scope="module")
 def made(taught: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SurrogateFinding]:
-    from shutil import copytree
-
     root = copytree(taught, tmp_path_factory.mktemp("made") / "zoo")
     return root, make_surrogate(root, "model", OPTIONS, Quiet())
 
@@ -50,11 +52,25 @@ def test_it_is_better_than_what_costs_nothing(made: tuple[Path, SurrogateFinding
     assert finding.losses[1] < finding.losses[0]
 
 
+def test_nobody_trains_on_it_and_so_it_is_no_base(
+    made: tuple[Path, SurrogateFinding], tmp_path: Path
+) -> None:
+    root = copytree(made[0], tmp_path / "zoo")
+    export(root, "model", tmp_path / "model", Quiet())
+    tuned = fine_tune(tmp_path / "tuned", tmp_path / "model", ["layers.3."])
+    assert add(root, "tuned", str(tuned), AddOptions(), Quiet()).base == "model"
+    for name in ("tuned", "model"):
+        remove(root, name, wait_s=1, progress=Quiet())
+    # Now the surrogate alone shares units with it: embedding and head.
+    assert add(root, "tuned", str(tuned), AddOptions(), Quiet()).base is None
+
+
 def test_it_shares_embedding_and_head_and_is_kept(made: tuple[Path, SurrogateFinding]) -> None:
     root, finding = made
     true, stand_in = read_subject(root, "model"), read_subject(root, finding.name)
     assert stand_in.variant.kind == KIND
     assert stand_in.variant.base == "model"
+    assert stand_in.variant.golden is None
     assert (stand_in.digests[0], stand_in.digests[-1]) == (true.digests[0], true.digests[-1])
     assert not set(stand_in.digests[1:-1]) & set(true.digests)
     found = Findings(Catalog(root)).all(KIND, SurrogateFinding)
@@ -81,7 +97,7 @@ import sys
 from pathlib import Path
 import torch
 from zoo.derived import training
-from zoo.derived.corpus import Measure
+from zoo.text import Measure
 from zoo.derived.surrogate import SurrogateOptions, make_surrogate
 from zoo.derived.training import Course
 from zoo.progress import Quiet
