@@ -36,7 +36,6 @@ from ext.patch import patch_address
 from ext.quantize import Quantized
 
 _BLOCK_ROWS = 32
-_PAGES = (torch.float32, torch.bfloat16)
 _STORE, _ADD, _GATE = range(3)
 
 
@@ -276,7 +275,7 @@ class CpuOps:
         if rows == 0:
             return out
         heads = width // dim
-        _check_attention(q, k, v, how, at)
+        native.check_attention(q, k, v, how, at)
         q_norm, k_norm = (NormRecord(norm, dim, rows) for norm in (how.q_norm, how.k_norm))
         self._native.blockllm_attend(
             self._pool,
@@ -378,27 +377,3 @@ def _selection(logits: Tensor, k: int, ids: Tensor | None, values: Tensor | None
     if logits.shape[1] == 0:
         raise ValueError("there is nothing to choose from in rows of no logits")
     return native.SELECT.pack(logits.data_ptr(), *logits.shape, k, address(ids), address(values))
-
-
-def _check_attention(q: Tensor, k: Tensor, v: Tensor, how: Attention, at: Place) -> None:
-    """Refuse what would make the kernel read or write beyond what it was given."""
-    plan, rotary, pages = at.plan, how.rotary, at.cache.data
-    kv_heads, dim = pages.shape[3:]
-    rows, width = q.shape
-    if (
-        rows != plan.num_rows
-        or not k.shape == v.shape == (rows, kv_heads * dim)
-        or width // dim % kv_heads
-    ):
-        raise ValueError(
-            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit"
-            f" {plan.num_rows} rows of {kv_heads} kv heads"
-        )
-    if pages.dtype not in _PAGES:
-        raise ValueError(f"pages must be float32 or bfloat16, not {pages.dtype}")
-    if at.layer >= plan.num_layers or (
-        rotary is not None and plan.num_positions > len(rotary.table)
-    ):
-        raise ValueError(
-            f"layer {at.layer} or position {plan.num_positions - 1} lies beyond what was prepared"
-        )

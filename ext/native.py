@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ext.build import NO_MACHINE, Isa, Unavailable, library, supported
-from ext.ops import Norm, NormRows
+from ext.ops import Attention, Norm, NormRows, Place
 from ext.quantize import Bits
 
 _log = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ SEGMENT = Struct("qqQqQqqqd")
 FINISH = Struct("qqQQ")
 STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CODES: dict[Bits, int] = {"int8": 4, "int4": 5}
+PAGES = (torch.float32, torch.bfloat16)
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "tanh": 4, "none": 5}
 
 _NORM_RUN = Struct("qqQQ")
@@ -133,6 +134,30 @@ def check_runs(runs: Sequence[Run], rows: int) -> None:
                 f"rows {run.first} to {run.last} of {rows} are empty, outside or out of order"
             )
         end = run.last
+
+
+def check_attention(q: Tensor, k: Tensor, v: Tensor, how: Attention, at: Place) -> None:
+    """Refuse what would make the kernel read or write beyond what it was given."""
+    plan, rotary, pages = at.plan, how.rotary, at.cache.data
+    kv_heads, dim = pages.shape[3:]
+    rows, width = q.shape
+    if (
+        rows != plan.num_rows
+        or not k.shape == v.shape == (rows, kv_heads * dim)
+        or width // dim % kv_heads
+    ):
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit"
+            f" {plan.num_rows} rows of {kv_heads} kv heads"
+        )
+    if pages.dtype not in PAGES:
+        raise ValueError(f"pages must be float32 or bfloat16, not {pages.dtype}")
+    if at.layer >= plan.num_layers or (
+        rotary is not None and plan.num_positions > len(rotary.table)
+    ):
+        raise ValueError(
+            f"layer {at.layer} or position {plan.num_positions - 1} lies beyond what was prepared"
+        )
 
 
 def vector_address(vector: Tensor | None, width: int, what: str) -> int:
