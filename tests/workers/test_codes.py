@@ -4,12 +4,11 @@ same whatever shares the batch.
 Bounds: log-probabilities of the tiny models move by less than 0.1 (int8) and 1.0 (int4).
 """
 
-import random
-
 import pytest
 
 from tests.workers.family_zoo import Family
-from tests.workers.local import Answer, LocalWorker
+from tests.workers.local import LocalWorker
+from tests.workers.rounded import gap, said, scores, tokens
 from workers import wire
 
 OPS = ["torch", "native"]
@@ -30,27 +29,6 @@ def worker_of(family, ops: str, weights: str, **config: object) -> LocalWorker:
     made = LocalWorker(family.zoo, ops, weights=weights, **config)
     made.load(*family.names)
     return made
-
-
-def tokens(count: int, seed: int = 0) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(5, 300) for _ in range(count)]
-
-
-def scores(worker: LocalWorker, name: str, prompt: list[int]) -> list[float]:
-    answer = worker.open(name, prompt, max_tokens=1, prompt_logprobs=0)
-    worker.run()
-    assert not answer.failed, answer.failed
-    return [scored.logprob for scored in answer.scored]
-
-
-def gap(one: list[float], two: list[float]) -> float:
-    return max(abs(a - b) for a, b in zip(one, two, strict=True))
-
-
-def said(answer: Answer) -> list[tuple[int, float]]:
-    assert not answer.failed, answer.failed
-    return [(given.token, given.logprob) for given in answer.logprobs]
 
 
 def loaded(worker: LocalWorker) -> list[wire.Loaded]:

@@ -10,7 +10,8 @@ import pytest
 
 from tests.workers.family_zoo import Family
 from tests.workers.hand_made import Base, Tuned
-from tests.workers.local import Answer, LocalWorker
+from tests.workers.local import LocalWorker
+from tests.workers.rounded import gap, said, scores, tokens
 
 OPS = ["torch", "native"]
 BOUND = 0.02
@@ -28,28 +29,6 @@ def worker_of(family, ops: str, dtype: str, *names: str, **config: object) -> Lo
     made = LocalWorker(family.zoo, ops, kv_dtype=dtype, **config)
     made.load(*(names or family.names))
     return made
-
-
-def tokens(count: int, seed: int = 0) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(5, 300) for _ in range(count)]
-
-
-def scores(worker: LocalWorker, name: str, prompt: list[int]) -> list[float]:
-    """Log-probabilities of a prompt's tokens."""
-    answer = worker.open(name, prompt, max_tokens=1, prompt_logprobs=0)
-    worker.run()
-    assert not answer.failed, answer.failed
-    return [scored.logprob for scored in answer.scored]
-
-
-def gap(one: list[float], two: list[float]) -> float:
-    return max(abs(a - b) for a, b in zip(one, two, strict=True))
-
-
-def said(answer: Answer) -> list[tuple[int, float]]:
-    assert not answer.failed, answer.failed
-    return [(given.token, given.logprob) for given in answer.logprobs]
 
 
 @pytest.mark.parametrize("ops", OPS)
