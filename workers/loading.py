@@ -129,12 +129,10 @@ def _infos(
 
 
 def _kv_element(holdings: Holdings, weights: Weights, manifests: Manifests) -> KvElement:
-    """What a chain's pages hold, where nobody asked: on CUDA the precision of its weights, those of
-    the first layer with attention, so that chains which share pages agree; else float32."""
+    """What a chain's pages hold; "auto": the precision of its weights, those of the first layer
+    with attention, so that chains which share pages agree."""
     if holdings.kv_dtype != "auto":
         return holdings.kv_dtype
-    if holdings.ops.name != "cuda":
-        return "float32"
     units = (unit for _, unit in manifests.units if attention_of(unit.spec) is not None)
     tensors = next(units).tensors
     stored = (weights.info(tensors[role]) for role in sorted(tensors))

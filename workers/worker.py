@@ -72,6 +72,7 @@ class Worker:
         self._chains = Chains(config.max_rows)
         self._runner = Runner(ops, self._memory, self._requests, select_replays(ops))
         holdings = Holdings(ops, config.weight_bytes, config.weights, config.kv_dtype)
+        self._kv_dtype: wire.KvDtype | Literal["auto"] = holdings.kv_dtype
         self._residency = Residency(Path(config.zoo), holdings, config.load_format)
         self._provision = Provision(self._chains, self._runner, self._residency, send)
         self._sampler = Sampler(ops.argmax)
@@ -111,15 +112,9 @@ class Worker:
             weight_bytes=self.config.weight_bytes,
             page=self.config.page,
             max_sequences=self.config.max_sequences,
-            kv_dtype=self._kv_dtype(),
+            kv_dtype=self._kv_dtype,
             weights=self.config.weights,
         )
-
-    def _kv_dtype(self) -> wire.KvDtype | Literal["auto"]:
-        """What pages hold; "auto": on CUDA what a chain's weights are."""
-        if self.config.kv_dtype == "auto" and self._ops.name != "cuda":
-            return "float32"
-        return self.config.kv_dtype
 
     def close(self) -> None:
         """End what runs beside the loop."""
