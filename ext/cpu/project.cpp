@@ -201,8 +201,8 @@ void project_chunks(Pool* pool, Projection& p, float* normed) {
   const int64_t parts = std::min(std::max<int64_t>(1, wanted), jobs.count());
   pool->run(p.chunks * parts, [&](int64_t task) {
     const Rows rows = p.chunk(task / parts), own = part(jobs.count(), parts, task % parts);
-    float* packed = scratch<kPacked>(rows.count * width);
-    auto* pieces = scratch<kCut, uint16_t>(cut_size(rows.count, width));
+    float* packed = p.has_panels ? scratch<kPacked>(rows.count * width) : nullptr;
+    auto* pieces = p.has_tiles ? scratch<kCut, uint16_t>(cut_size(rows.count, width)) : nullptr;
     for (int64_t g = 0; p.has_panels && g < groups_of(rows.count); ++g)
       pack(rows, g, width, p.plain, packed);
     for (int64_t g = 0; p.has_tiles && g < ceil_div(rows.count, kHeight); ++g)
