@@ -63,15 +63,18 @@ class CpuPlan:
 class CpuOps:
     """See `ext.ops.Ops`. `threads` 0: as many as torch uses; `isa` "auto": the best of the machine.
 
-    Raises Unavailable where the kernels cannot be built or run. Calls may come from several Python
-    threads; they take turns.
+    With `rounding`, linear layers and attention may round to bfloat16 what they multiply (their
+    inputs, queries, softmax weights), where that is faster; sums stay float32. Raises Unavailable
+    where the kernels cannot be built or run. Calls may come from several Python threads; they take
+    turns.
     """
 
     name = "cpu"
     device = torch.device("cpu")
 
-    def __init__(self, threads: int = 0, isa: Isa | str = "auto") -> None:
+    def __init__(self, threads: int = 0, isa: Isa | str = "auto", rounding: bool = False) -> None:
         self.isa, self._native = native.load(isa)
+        self.rounding = rounding
         self.threads = threads or torch.get_num_threads()
         self._pool = ctypes.c_void_p(self._native.blockllm_open(self.threads))
         weakref.finalize(self, self._native.blockllm_close, self._pool)
@@ -219,7 +222,10 @@ class CpuOps:
         if rows == 0:
             return
         norms = NormRecord(norm, width, rows)
-        fields: list[int | float] = [x.data_ptr(), rows, width, *norms.fields, *mode, len(linears)]
+        fields: list[int | float] = [
+            *(x.data_ptr(), rows, width, *norms.fields),
+            *(*mode, self.rounding, len(linears)),
+        ]
         for linear, patch, out in zip(linears, patches, outs, strict=True):
             matrix: CpuMatrix = linear.weight  # pyright: ignore[reportAssignmentType]
             if matrix.in_features != width:
@@ -297,6 +303,7 @@ class CpuOps:
                 *k_norm.fields,
                 how.scale,
                 how.window or 0,
+                self.rounding,
             ),
         )
         return out

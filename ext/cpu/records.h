@@ -85,6 +85,7 @@ struct ProjectCall {
   Norm norm;
   Mode mode;
   Act gate;
+  int64_t rounding;  // 1: `x`, normalized, may be rounded to bfloat16 before it is multiplied
   int64_t count;
   LinearCall linears[1];  // `count` of them follow
 };
@@ -125,7 +126,8 @@ struct AttendCall {
   const Rotary* rotary;  // null: none
   Norm q_norm, k_norm;
   double scale;
-  int64_t window;  // 0: none
+  int64_t window;    // 0: none
+  int64_t rounding;  // 1: queries and softmax weights may be rounded to bfloat16
 };
 
 struct ActivateCall {
