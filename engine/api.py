@@ -159,15 +159,16 @@ class Approximation(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
 
     A chain whose `store` is "delta" or "equivalent" was measured against the exact one when it was
     added: `agreement` is the share of positions with the same best token (from `agreement_low`,
-    95 %), `kl` the mean divergence in nats, over `tokens` held-out tokens. `weights` is what the
-    server keeps linear layers in ("int8" or "int4"), `kv_cache` what it rounds keys and values to
-    ("bfloat16")."""
+    95 %), `kl` the mean divergence in nats, over `tokens` held-out tokens. `dtype`
+    is what the server rounds to before it multiplies ("bfloat16"), `weights` what it keeps linear
+    layers in ("int8" or "int4"), `kv_cache` what it rounds keys and values to ("bfloat16")."""
 
     store: str
     agreement: float | None = None
     agreement_low: float | None = None
     kl: float | None = None
     tokens: int = 0
+    dtype: str | None = None
     weights: str | None = None
     kv_cache: str | None = None
 

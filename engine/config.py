@@ -75,6 +75,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     kv_cache_memory_bytes: Annotated[
         Amount, Meta(description="memory of one worker for KV pages; 0: the worker chooses")
     ] = 0
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        Meta(
+            description="what layers multiply; auto: float32, on GPUs what the weights are; "
+            "bfloat16: faster on CPUs with AMX, answers are approximate"
+        ),
+    ] = "auto"
     weights: Annotated[
         Literal["exact", "int8", "int4"],
         Meta(description="what linear layers are kept in; int8, int4: less memory, approximate"),

@@ -188,6 +188,7 @@ class Fleet:
             threads=config.threads,
             page=config.block_size,
             kv_bytes=config.kv_cache_memory_bytes,
+            dtype=config.dtype,
             kv_dtype=config.kv_cache_dtype,
             weight_bytes=config.weight_memory_bytes,
             weights=config.weights,

@@ -43,6 +43,7 @@ def _worker(worker: Worker) -> dict[str, Any]:
         "max_sequences": hello.max_sequences,
         "page": hello.page,
         "kv_bytes": hello.kv_bytes,
+        "dtype": hello.dtype,
         "kv_dtype": hello.kv_dtype,
         "weights": hello.weights,
     }

@@ -65,7 +65,7 @@ def _workers(workers: list[dict[str, Any]]) -> Table:
         table.add_row(
             worker["name"],
             worker["device"],
-            worker["ops"],
+            f"{worker['ops']} {worker['dtype']}",
             str(worker.get("running", 0)),
             str(worker.get("waiting", 0)),
             f"{worker.get('kv_usage', 0):.0%} of {worker.get('total_pages', 0)} pages"

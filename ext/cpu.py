@@ -24,6 +24,7 @@ from ext.ops import (
     Activation,
     Attention,
     Detour,
+    Dtype,
     Geometry,
     Linear,
     Norm,
@@ -75,6 +76,7 @@ class CpuOps:
     def __init__(self, threads: int = 0, isa: Isa | str = "auto", rounding: bool = False) -> None:
         self.isa, self._native = native.load(isa)
         self.rounding = rounding
+        self.dtype: Dtype = "bfloat16" if rounding else "float32"
         self.threads = threads or torch.get_num_threads()
         self._pool = ctypes.c_void_p(self._native.blockllm_open(self.threads))
         weakref.finalize(self, self._native.blockllm_close, self._pool)

@@ -27,6 +27,8 @@ Opaque: TypeAlias = Any
 
 NormKind = Literal["rms", "layer"]
 Activation = Literal["silu", "gelu", "gelu_tanh"]
+# What linear layers and attention multiply; "auto": what the weights are.
+Dtype = Literal["auto", "float32", "bfloat16"]
 
 
 class Matrix(Protocol):
@@ -196,6 +198,7 @@ class Ops(Protocol):
 
     name: str
     device: torch.device
+    dtype: Dtype
 
     def loading(self) -> AbstractContextManager[None]:
         """What a thread makes resident within this is ready for every other when it ends. Nobody

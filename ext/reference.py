@@ -16,6 +16,7 @@ from ext.ops import (
     Activation,
     Attention,
     Cache,
+    Dtype,
     Geometry,
     Linear,
     Norm,
@@ -54,6 +55,8 @@ class TorchOps(PlainOps):
     """Reference operations; see `ext.ops.Ops` for shapes and meaning."""
 
     name = "torch"
+
+    dtype: Dtype = "float32"
 
     def __init__(self, device: str = "cpu") -> None:
         super().__init__(device)

@@ -9,23 +9,27 @@ from typing import cast
 import torch
 
 from ext.build import Unavailable
-from ext.ops import Ops, Replays
+from ext.ops import Dtype, Ops, Replays
 from ext.reference import TorchOps
 
 _log = logging.getLogger(__name__)
 
 
-def select_ops(device: str, wanted: str, threads: int) -> Ops:
-    """Kernels for `device` ("cpu" or "cuda:N"): `wanted` "auto", "native" or "torch".
+def select_ops(device: str, wanted: str, threads: int, dtype: Dtype = "auto") -> Ops:
+    """Kernels for `device` ("cpu" or "cuda:N"): `wanted` "auto", "native" or "torch". `dtype`
+    "auto" is exact: float32, on CUDA what the weights are. What cannot round stays exact.
 
     "auto" takes the native ones where they run and falls back to torch with a warning. Raises
     Unavailable where a device, or what was insisted on, is not to be had.
     """
     if device != "cpu":
         require_cuda()
+        if dtype == "float32":
+            _log.info("kernels for %s: torch's, which alone multiply float32", device)
+            return TorchOps(device)
     if wanted != "torch":
         try:
-            return _cpu_ops(threads) if device == "cpu" else _cuda_ops(device)
+            return _cpu_ops(threads, dtype) if device == "cpu" else _cuda_ops(device, dtype)
         except Unavailable as error:
             if wanted == "native":
                 raise
@@ -51,13 +55,13 @@ def require_cuda() -> None:
         )
 
 
-def _cpu_ops(threads: int) -> Ops:
+def _cpu_ops(threads: int, dtype: Dtype) -> Ops:
     from ext.cpu import CpuOps
 
-    return CpuOps(threads=threads)
+    return CpuOps(threads=threads, rounding=dtype == "bfloat16")
 
 
-def _cuda_ops(device: str) -> Ops:
+def _cuda_ops(device: str, dtype: Dtype) -> Ops:
     try:
         import triton
 
@@ -70,4 +74,4 @@ def _cuda_ops(device: str) -> Ops:
     torch.cuda.set_device(device)
     name = torch.cuda.get_device_name(device)
     _log.info("kernels for %s: cuBLAS, Triton %s (%s)", device, triton.__version__, name)
-    return cast("Ops", CudaOps(device))
+    return cast("Ops", CudaOps(device, dtype))

@@ -41,7 +41,7 @@ class _Held:
 class Holdings:
     """Weights on one device in the form of `ops`, up to `limit_bytes` (0: no limit); those of
     linear layers are kept in `precision`. `kv_dtype` is what pages of their chains hold: "auto" is
-    float32, on CUDA what a chain's weights are."""
+    what the kernels multiply, "auto" still where that is what a chain's weights are."""
 
     def __init__(
         self,
@@ -52,9 +52,7 @@ class Holdings:
     ) -> None:
         self.ops = ops
         self.precision: Precision = precision
-        if kv_dtype == "auto" and ops.name != "cuda":
-            kv_dtype = "float32"
-        self.kv_dtype: KvDtype | Literal["auto"] = kv_dtype
+        self.kv_dtype: KvDtype | Literal["auto"] = ops.dtype if kv_dtype == "auto" else kv_dtype
         self._limit = limit_bytes
         self._held: dict[Hashable, _Held] = {}
         self.resident_bytes = 0

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
-from ext.ops import Ops
+from ext.ops import Dtype, Ops
 from ext.select import select_ops, select_replays
 from workers.batcher import Group, Step, Wave, arrange, decide
 from workers.chains import Chains
@@ -33,7 +33,8 @@ from zoo.manifest import Manifests, Unit, UnitDigest
 from zoo.store import Store
 
 _PAGE = 16
-_MAX_ROWS, _MAX_SEQUENCES = 512, 256
+# They bound what runs at once, not how much can be asked.
+_MAX_ROWS, _MAX_SEQUENCES, _KV_BYTES = 512, 256, 1 << 30
 # A linear layer: its unit's place in the chain, and its role there.
 Place = tuple[int, str]
 # Sequences of token ids that run together.
@@ -88,7 +89,7 @@ class Model:
 
 class Offline:
     """Loads chains over the objects of the zoo at `root` and runs them. `threads` 0: torch's
-    number; `kv_bytes` bounds what runs at once, not how much can be asked."""
+    number; the other settings are those of a worker."""
 
     def __init__(
         self,
@@ -96,15 +97,15 @@ class Offline:
         *,
         ops: str = "auto",
         threads: int = 0,
-        kv_bytes: int = 1 << 30,
-        kv_dtype: KvDtype = "float32",
+        dtype: Dtype = "auto",
+        kv_dtype: KvDtype | Literal["auto"] = "auto",
         weights: Precision = "exact",
     ) -> None:
-        self._ops: Ops = select_ops("cpu", ops, threads)
+        self._ops: Ops = select_ops("cpu", ops, threads, dtype)
         self._weights = StoredWeights(Store(root))
         self._holdings = Holdings(self._ops, precision=weights, kv_dtype=kv_dtype)
         self._packer = packer_for(self._ops)
-        self._memory = KvMemory(Arena(kv_bytes), page=_PAGE, max_sequences=_MAX_SEQUENCES)
+        self._memory = KvMemory(Arena(_KV_BYTES), page=_PAGE, max_sequences=_MAX_SEQUENCES)
         self._requests = Requests(self._memory, PrefixCache(), use_prefixes=False)
         self._chains = Chains(_MAX_ROWS)
         replays = select_replays(self._ops)

@@ -62,7 +62,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `kv_bytes` and `weight_bytes` are ceilings; 0 lets the worker choose from what the device has:
     on a GPU `memory_utilization` is the share of its memory for both together.
     `max_rows` is the token budget of one wave (decode rows first, the rest prefill); 0: what suits
-    the device. `kv_dtype` "auto" is the exact one; on CUDA it is that of the weights. `load_format`
+    the device. `dtype` "auto" is exact, `kv_dtype` "auto" is what layers multiply. `load_format`
     "dummy" makes weights up.
     """
 
@@ -75,6 +75,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     threads: int = 0
     page: int = 16
     kv_bytes: int = 0
+    dtype: KvDtype | Literal["auto"] = "auto"
     kv_dtype: KvDtype | Literal["auto"] = "auto"
     weights: Precision = "exact"
     weight_bytes: int = 0
@@ -159,6 +160,7 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello", forbid_un
     weight_bytes: int
     page: int
     max_sequences: int
+    dtype: KvDtype | Literal["auto"] = "float32"
     kv_dtype: KvDtype | Literal["auto"] = "float32"
     weights: Precision = "exact"
 

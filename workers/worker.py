@@ -112,6 +112,7 @@ class Worker:
             weight_bytes=self.config.weight_bytes,
             page=self.config.page,
             max_sequences=self.config.max_sequences,
+            dtype=self._ops.dtype,
             kv_dtype=self._kv_dtype,
             weights=self.config.weights,
         )

@@ -1,4 +1,5 @@
-"""What rounding costs and brings: linear layers in codes of 8 and 4 bits, KV pages in bfloat16.
+"""What rounding costs and brings: linear layers in codes of 8 and 4 bits, KV pages in bfloat16,
+and layers that multiply bfloat16.
 
 Each way of serving the base runs the built-in held-out text beside the exact one, in the same
 kernels. `weight error` is the norm of what the weights lost over theirs, `logits` how far a logit
@@ -32,6 +33,7 @@ EXACT = "exact"
 WAYS: Mapping[str, Mapping[str, Any]] = {
     EXACT: {},
     "KV bfloat16": {"kv_dtype": "bfloat16"},
+    "bfloat16": {"dtype": "bfloat16"},
     "int8": {"weights": "int8"},
     "int4": {"weights": "int4"},
 }
@@ -39,7 +41,7 @@ _STREAMS = (1, 8, 32)
 _CONTEXT = 160
 _SEED = 0
 # The least agreement that a way must reach to be worth its name.
-_AGREEMENT = {"KV bfloat16": 0.99, "int8": 0.95, "int4": 0.5}
+_AGREEMENT = {"KV bfloat16": 0.99, "bfloat16": 0.95, "int8": 0.95, "int4": 0.5}
 
 
 @dataclass(slots=True)

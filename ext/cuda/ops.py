@@ -26,6 +26,7 @@ from ext.cuda.staging import Staging
 from ext.ops import (
     Activation,
     Attention,
+    Dtype,
     Geometry,
     Linear,
     Norm,
@@ -55,12 +56,14 @@ class CudaRotary:
 
 
 class CudaOps(PlainOps):
-    """See `ext.ops.Ops`. `device` is a CUDA device, or "cpu" under Triton's interpreter."""
+    """See `ext.ops.Ops`. `device` is a CUDA device, or "cpu" under Triton's interpreter; `dtype` is
+    what weights become, "auto" or "bfloat16"."""
 
     name = "cuda"
 
-    def __init__(self, device: str = "cuda") -> None:
+    def __init__(self, device: str = "cuda", dtype: Dtype = "auto") -> None:
         super().__init__(device)
+        self.dtype: Dtype = dtype
         self._staging = Staging(self.device) if self.device.type == "cuda" else None
         self._programs = 2 * _multiprocessors(self.device)
         self._norms: OrderedDict[tuple[int, int, int], tuple[Norm, Slots]] = OrderedDict()
@@ -70,6 +73,8 @@ class CudaOps(PlainOps):
 
     def matrix(self, weight: Tensor, *, transposed: bool = False) -> DenseMatrix:
         data = weight.clone() if self._staging is None else self._staging.copy(weight)
+        if self.dtype == "bfloat16":
+            data = data.bfloat16()
         return DenseMatrix(data.t().contiguous() if transposed else data.contiguous())
 
     def coded(self, weight: Quantized) -> DenseMatrix:

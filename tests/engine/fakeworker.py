@@ -183,6 +183,7 @@ class FakeWorker:
             page=config.page,
             max_sequences=config.max_sequences,
             weights=config.weights,
+            dtype="float32" if config.dtype == "auto" else config.dtype,
             kv_dtype="float32" if config.kv_dtype == "auto" else config.kv_dtype,
         )
 

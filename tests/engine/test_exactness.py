@@ -36,6 +36,8 @@ DELTA = Approximation("delta", 0.97, 0.95, 0.02, 100)
         ({}, {"store": "delta", "measured": MEASURED}, DELTA),
         ({"kv_cache_dtype": "bfloat16"}, {}, Approximation("exact", kv_cache="bfloat16")),
         ({"weights": "int8"}, {}, Approximation("exact", weights="int8")),
+        ({"dtype": "float32"}, {}, None),
+        ({"dtype": "bfloat16"}, {}, Approximation("exact", dtype="bfloat16")),
         (
             {"weights": "int4", "kv_cache_dtype": "bfloat16"},
             {},
@@ -53,7 +55,9 @@ def test_what_is_told_of_a_variant(
 ) -> None:
     config = Config(**settings)
     assert approximation_of(rig.variant_of(zoo, "v", **changes), config) == told
-    rounds = [] if told is None else [word for word in (told.weights, told.kv_cache) if word]
+    rounds = (
+        [] if told is None else [word for word in (told.dtype, told.weights, told.kv_cache) if word]
+    )
     assert bool(warning(config)) == bool(rounds)
     assert all(word in warning(config) for word in rounds)
 

@@ -23,10 +23,10 @@ FUSED = {
 class Family:
     """`zoo` holds the variants; `reference(name)` is the model that peft and transformers make."""
 
-    def __init__(self, root: Path, family: str) -> None:
+    def __init__(self, root: Path, family: str, **config: object) -> None:
         self.root = root
         self.zoo = root / "zoo"
-        self.base = getattr(builders, f"tiny_{family}")(root / "base")
+        self.base = getattr(builders, f"tiny_{family}")(root / "base", **config)
         self._adapters: dict[str, Path] = {}
         self._full: dict[str, Path] = {"base": self.base}
         add(self.zoo, "base", str(self.base), AddOptions(), Quiet())

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ext.ops import Ops
+from ext.ops import Dtype, Ops
 from ext.select import select_ops
 from workers import wire
 from workers.worker import Worker
@@ -29,20 +29,20 @@ class Answer:
         return bool(self.failed) or self.finished != wire.CONTINUES
 
 
-def kernels(name: str) -> Ops:
+def kernels(name: str, dtype: Dtype = "auto") -> Ops:
     """Those of a CPU by name; "cuda": a device's, in Triton's interpreter where there is none."""
     if name != "cuda":
-        return select_ops("cpu", name, 2)
+        return select_ops("cpu", name, 2, dtype)
     from ext.cuda.ops import CudaOps
 
-    return CudaOps("cuda" if torch.cuda.is_available() else "cpu")
+    return CudaOps("cuda" if torch.cuda.is_available() else "cpu", dtype)
 
 
 class LocalWorker:
     def __init__(self, zoo: Path, ops: str = "auto", **config: object) -> None:
         settings = {"kv_bytes": 64 << 20, "threads": 2, "max_rows": 256, **config}
         self.config = wire.WorkerConfig("w", "", str(zoo), ops=ops, **settings)
-        self.worker = Worker(self.config, kernels(ops), self.reports_append)
+        self.worker = Worker(self.config, kernels(ops, self.config.dtype), self.reports_append)
         self.reports: list[wire.Report] = []
         self.answers: dict[int, Answer] = {}
         self.chains: dict[str, int] = {}
