@@ -44,6 +44,7 @@ def best(found: Sequence[Limits]) -> Limits:
     return Limits(
         read_bytes_per_s=max(one.read_bytes_per_s for one in found),
         flops_per_s=max(one.flops_per_s for one in found),
+        rounded_flops_per_s=max(one.rounded_flops_per_s for one in found),
     )
 
 
@@ -51,10 +52,11 @@ def _by_torch() -> Limits:
     data = torch.ones(_READ_BYTES // 4)
     a, b = torch.ones(_SIZE, _SIZE), torch.ones(_SIZE, _SIZE)
     low, weights = a.bfloat16(), b.bfloat16()
-    seconds = min(_shortest(lambda: a @ b), _PIECES * _shortest(lambda: low @ weights))
+    exact, rounded = _shortest(lambda: a @ b), _shortest(lambda: low @ weights)
     return Limits(
         read_bytes_per_s=_READ_BYTES / _shortest(data.sum),
-        flops_per_s=2 * _SIZE**3 / seconds,
+        flops_per_s=2 * _SIZE**3 / min(exact, _PIECES * rounded),
+        rounded_flops_per_s=2 * _SIZE**3 / rounded,
     )
 
 

@@ -15,10 +15,18 @@ import msgspec
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """What the machine can do at most, all cores together."""
+    """What the machine can do at most, all cores together. `rounded_flops_per_s` is what is left to
+    products whose activations may be rounded to bfloat16."""
 
     read_bytes_per_s: float
     flops_per_s: float
+    rounded_flops_per_s: float = 0.0
+
+    @property
+    def rounded(self) -> "Limits":
+        """The limits of who rounds."""
+        flops = max(self.flops_per_s, self.rounded_flops_per_s)
+        return msgspec.structs.replace(self, flops_per_s=flops)
 
 
 class Weights(msgspec.Struct, frozen=True):

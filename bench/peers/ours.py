@@ -1,10 +1,11 @@
 """BlockLLM as one of the peers: the real server, asked over the same HTTP by the same load process.
 
+It is run twice: exact, and with `--dtype bfloat16`, which is what peers do whose names end in bf16.
 Beside the mixes it also plays the base alone, on the server that holds the mix, so that the cost of
 a mix is a ratio of runs side by side.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -21,11 +22,15 @@ from bench.tunes import TUNES
 from bench.zoos import BASE, FULLS, LAST, variants
 from zoo.errors import ZooError
 
-NAME = "BlockLLM"
-ALONE = f"{NAME}, only the base asked"
-LAST_LAYERS = f"{NAME}, last 4 layers tuned"
-EXACT = f"{NAME}, all tuned, exact"
-DELTA = f"{NAME}, all tuned, deltas"
+NAME, ROUNDED = "BlockLLM", "BlockLLM bf16"
+ALONE, LAST_LAYERS = "only the base asked", "last 4 layers tuned"
+EXACT, DELTA = "all tuned, exact", "all tuned, deltas"
+# Room for the 8,192 tokens or so that the slots of other servers hold.
+_KV_BYTES = 384 << 20
+FLAGS = {
+    NAME: ("--kv-cache-memory-bytes", str(_KV_BYTES)),
+    ROUNDED: ("--kv-cache-memory-bytes", str(_KV_BYTES // 2), "--dtype", "bfloat16"),
+}
 # What the deltas are measured on when their zoo is made.
 _HELD_OUT_ROWS = 64
 
@@ -44,40 +49,46 @@ class Ours:
 
     def arrangements(self) -> Sequence[Arrangement]:
         """See `Peer`."""
-        zoos = self._stage.zoos
-        plain = self._starter(lambda: zoos.plain)
-        adapters = self._starter(lambda: zoos.loras)
-        lasts = self._starter(lambda: zoos.lasts)
-        fulls = self._starter(lambda: zoos.fulls)
-        deltas = self._starter(lambda: zoos.tuned("delta", _HELD_OUT_ROWS))
-        base = ("one", "8", "32", "prefill", "first", "cached")
-        return [
-            Arrangement(NAME, "base", base, plain, is_ours=True),
-            Arrangement(NAME, "adapters", ("loras", "trace"), adapters, is_ours=True),
-            Arrangement(ALONE, "adapters", ("loras",), adapters, (BASE,), is_ours=True),
-            Arrangement(LAST_LAYERS, "tunes", ("tunes",), lasts, (BASE, *LAST), is_ours=True),
-            Arrangement(ALONE, "tunes", ("tunes",), lasts, (BASE,), is_ours=True),
-            Arrangement(EXACT, "tunes", ("tunes",), fulls, (BASE, *FULLS), is_ours=True),
-            Arrangement(DELTA, "tunes", ("tunes",), deltas, (BASE, *TUNES), is_ours=True),
-        ]
+        return [one for name in FLAGS for one in self._ways(name)]
 
-    def _starter(self, zoo: Callable[[], Path]) -> Callable[[], "OurServer"]:
-        return lambda: OurServer(self._stage, zoo)
+    def _ways(self, name: str) -> Iterator[Arrangement]:
+        zoos = self._stage.zoos
+        plain = self._starter(name, lambda: zoos.plain)
+        adapters = self._starter(name, lambda: zoos.loras)
+        lasts = self._starter(name, lambda: zoos.lasts)
+        fulls = self._starter(name, lambda: zoos.fulls)
+        deltas = self._starter(name, lambda: zoos.tuned("delta", _HELD_OUT_ROWS))
+        base = ("one", "8", "32", "prefill", "first", "cached")
+        yield Arrangement(name, "base", base, plain, is_ours=True)
+        yield Arrangement(name, "adapters", ("loras", "trace"), adapters, is_ours=True)
+        for group, start, what, models in (
+            ("adapters", adapters, ALONE, (BASE,)),
+            ("tunes", lasts, LAST_LAYERS, (BASE, *LAST)),
+            ("tunes", lasts, ALONE, (BASE,)),
+            ("tunes", fulls, EXACT, (BASE, *FULLS)),
+            ("tunes", deltas, DELTA, (BASE, *TUNES)),
+        ):
+            cells = ("loras",) if group == "adapters" else ("tunes",)
+            yield Arrangement(f"{name}, {what}", group, cells, start, models, is_ours=True)
+
+    def _starter(self, name: str, zoo: Callable[[], Path]) -> Callable[[], "OurServer"]:
+        return lambda: OurServer(self._stage, zoo, FLAGS[name])
 
 
 class OurServer:
     """`with OurServer(...) as playing` serves a zoo, which is made first if it is not there."""
 
-    def __init__(self, stage: Stage, zoo: Callable[[], Path]) -> None:
+    def __init__(self, stage: Stage, zoo: Callable[[], Path], flags: Sequence[str]) -> None:
         self._stage = stage
         self._zoo = zoo
+        self._flags = flags
         self.start_s = 0.0
 
     def __enter__(self) -> Self:
         """Raises PeerMissing if the zoo cannot be made or the server does not start."""
         try:
             zoo = self._zoo()
-            self._server = self._stage.server(zoo).__enter__()
+            self._server = self._stage.server(zoo, *self._flags).__enter__()
         except (ZooError, ServerFailed) as error:
             raise PeerMissing(str(error)) from error
         names = [variant.name for variant in variants(zoo)]

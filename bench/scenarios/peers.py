@@ -11,13 +11,15 @@ every peer, whatever part of it was tuned.
 
 from collections.abc import Iterator, Sequence
 
+import msgspec
+
 from bench.ceiling import best, measure
 from bench.peers.cells import CELLS, Cell, Play, job_of
 from bench.peers.judge import results, roofline
 from bench.peers.libraries import Libraries
 from bench.peers.llama_cpp import LlamaCpp
 from bench.peers.models import Models
-from bench.peers.ours import EXACT, LAST_LAYERS, Ours
+from bench.peers.ours import EXACT, LAST_LAYERS, ROUNDED, Ours
 from bench.peers.peer import Arrangement, Peer, PeerMissing
 from bench.peers.rounds import Rounds, Row
 from bench.peers.site import Site
@@ -85,20 +87,23 @@ def _against_limits(
     for cell, row in done:
         if not row.arrangement.is_ours:
             continue
-        match row.arrangement.name, cell.group:
-            case _, "base":
+        name, rounds = row.arrangement.name, row.arrangement.name.startswith(ROUNDED)
+        match cell.group, name.partition(", ")[2]:
+            case "base", _:
                 weights = weigh(zoos.plain, BASE)
-            case _, "adapters":
+            case "adapters", _:
                 weights = weigh(zoos.loras, BASE, LORAS)
-            case name, _ if name == LAST_LAYERS:
+            case _, what if what == LAST_LAYERS:
                 weights = weigh(zoos.lasts, BASE, LAST)
-            case name, _ if name == EXACT:
+            case _, what if what == EXACT:
                 weights = weigh(zoos.fulls, BASE, FULLS)
             case _:
                 continue
+        if rounds:
+            weights = msgspec.structs.replace(weights, kv_bytes=weights.kv_bytes // 2)
         job = job_of(cell, play, seed=0)
         shape = Shape(cell.streams, job.prompt_tokens[1], job.output_tokens[1])
-        found = roofline(cell, row, weights, limits, shape)
+        found = roofline(cell, row, weights, limits.rounded if rounds else limits, shape)
         if found is not None:
             yield found
     yield Result(
@@ -107,5 +112,6 @@ def _against_limits(
         figures={
             "read GB/s": limits.read_bytes_per_s / 1e9,
             "GFLOP/s": limits.flops_per_s / 1e9,
+            "GFLOP/s, rounded": limits.rounded.flops_per_s / 1e9,
         },
     )

@@ -17,7 +17,7 @@ from bench.peers.cells import CELLS, Cell, Play, job_of
 from bench.peers.environment import Workshop
 from bench.peers.hosted import Answer, Hosted, outcome_of
 from bench.peers.judge import results, roofline, summaries
-from bench.peers.ours import ALONE, NAME
+from bench.peers.ours import ALONE, NAME, ROUNDED
 from bench.peers.peer import Arrangement, PeerMissing
 from bench.peers.plots import draw
 from bench.peers.rounds import MOST, Rounds, Row, Turn
@@ -118,18 +118,18 @@ def test_ratios_and_targets_compare_medians_and_memory():
     each = "llama.cpp f16, a server of one thread for each"
     rows = [
         row(NAME, cell, [1.0, 1.1, 0.9], 10, ours=True),
-        row(ALONE, cell, [0.95], 10, ours=True),
+        row(f"{NAME}, {ALONE}", cell, [0.95], 10, ours=True),
         row(each, cell, [2.0, 2.0], 29),
         Row(Arrangement("vLLM-CPU bf16, multi-LoRA", "adapters", (), lambda: None)),
     ]
     found = {result.cell: result for result in results(cell, rows)}
-    assert found.keys() == {NAME, ALONE, each}
+    assert found.keys() == {NAME, f"{NAME}, {ALONE}", each}
     assert found[each].figures["ours / it"] == pytest.approx(2.0)
     assert found[NAME].figures["swing"] == pytest.approx(0.2, abs=0.01)
     assert found[NAME].checks == {
         "every answer is whole": True,
         f"at least 1.8 times as good as {each}": True,
-        f"at least 0.9 times as good as {ALONE}": True,
+        f"at least 0.9 times as good as {NAME}, {ALONE}": True,
         f"at most 0.33 of the memory of {each}": False,
     }
     assert found[NAME].detail["values"] == pytest.approx([64.0, 58.18, 71.11], abs=0.01)
@@ -138,12 +138,18 @@ def test_ratios_and_targets_compare_medians_and_memory():
 def test_less_time_is_better():
     cell = CELLS["first"]
     job = job_of(cell, PLAY, seed=0)
-    rows = [row(NAME, cell, [1.0], 1, ours=True), row("vLLM-CPU bf16", cell, [2.0], 1)]
+    rows = [
+        row(NAME, cell, [1.0], 1, ours=True),
+        row(ROUNDED, cell, [0.8], 1, ours=True),
+        row("vLLM-CPU bf16", cell, [2.0], 1),
+    ]
     assert job.output_tokens == (1, 1)
-    assert [one.value for one in summaries(cell, rows)] == [500.0, 1000.0]
-    ours, theirs = results(cell, rows)
+    assert [one.value for one in summaries(cell, rows)] == [500.0, 400.0, 1000.0]
+    exact, rounding, theirs = results(cell, rows)
     assert theirs.figures["ours / it"] == 2.0
-    assert ours.checks["at least 1 times as good as the best peer"]
+    assert theirs.figures["ours bf16 / it"] == 2.5
+    assert rounding.checks["at least 1 times as good as the best peer"]
+    assert exact.checks == {"every answer is whole": True}
 
 
 def test_the_rest_of_the_time_is_told_apart():
