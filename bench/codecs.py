@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from zoo.lowrank import factorize
+from zoo.deltas.lowrank import factorize
 
 # The decoded difference of a matrix [out, in], and bytes.
 Coded = tuple[Tensor, int]

@@ -12,9 +12,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from bench.variants import Checkpoint
+from zoo.learning.tasks import TASKS, Recipe, Task
+from zoo.learning.train import train
 from zoo.progress import Progress
-from zoo.tasks import TASKS, Recipe, Task
-from zoo.train import train
 
 # Every tensor is trained, also where the demo trains the last layers alone.
 TUNED: Mapping[str, Task] = {

@@ -1,7 +1,7 @@
 """Random fine-tunes of a real checkpoint: what it costs to serve them does not depend on whether
 their weights mean anything.
 
-Each function writes a folder that `zoo.add` takes; equal seeds give equal files.
+Each function writes a folder that `zoo.adding.add` takes; equal seeds give equal files.
 """
 
 import json

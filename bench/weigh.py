@@ -8,7 +8,7 @@ import msgspec
 
 from bench.roofline import Weights
 from zoo.catalog import Catalog
-from zoo.listing import Listing
+from zoo.keeping.listing import Listing
 from zoo.manifest import attention_of
 
 _KV_ELEMENT_BYTES = 4

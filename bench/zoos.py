@@ -32,7 +32,7 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 from bench.tunes import Tunes
 from bench.variants import Checkpoint, full, last_layers, lora
 from zoo import demo
-from zoo.add import AddOptions, add
+from zoo.adding.add import AddOptions, add
 from zoo.catalog import Catalog, UnknownVariant
 from zoo.dummy.make import make
 from zoo.dummy.recipe import Recipe

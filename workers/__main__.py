@@ -23,8 +23,8 @@ from workers import wire
 from workers.budget import NoBudget, Shares, share
 from workers.gauge import Gauge
 from workers.worker import Worker
-from zoo.census import weigh
 from zoo.errors import ZooError
+from zoo.keeping.census import weigh
 
 _log = logging.getLogger(__name__)
 _IDLE_MS, _LOADING_MS = 200, 2

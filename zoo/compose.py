@@ -1,6 +1,6 @@
 """From a source and the digests of what was stored of it to all that the catalog has to know.
 
-Pure but for reading the base's manifests. `zoo.add` calls it between writing and publishing.
+Pure but for reading the base's manifests. `zoo.adding.add` calls it between writing and publishing.
 """
 
 import time
@@ -29,7 +29,7 @@ from zoo.manifest import (
     objects_of,
     virtual_tokens,
 )
-from zoo.sidefiles import borrowed_names
+from zoo.sources.sidefiles import borrowed_names
 from zoo.store import Store
 from zoo.stored import Stored
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
-from zoo.add import AddOptions, add
+from zoo.adding.add import AddOptions, add
 from zoo.catalog import Catalog
 from zoo.console import ConsoleProgress
 from zoo.errors import BadSource
 from zoo.export import export
+from zoo.learning.tasks import TASKS, Recipe, Task
 from zoo.progress import Progress
-from zoo.tasks import TASKS, Recipe, Task
 
 BASE = "smollm2"
 SAMPLES_FILE = "samples.json"
@@ -85,7 +85,7 @@ def add_base(zoo: Path, progress: Progress) -> None:
 
 def _train_here(zoo: Path, name: str, task: Task, progress: Progress) -> None:
     # torch takes seconds to import: a demo that finds all in place need not wait for it.
-    from zoo.train import train
+    from zoo.learning.train import train
 
     with tempfile.TemporaryDirectory(prefix="blockllm-demo-") as scratch:
         base, tuned = Path(scratch, "base"), Path(scratch, "tuned")

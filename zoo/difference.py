@@ -20,7 +20,7 @@ import zstandard
 
 from zoo.errors import BadTensorFile
 from zoo.manifest import ObjectDigest
-from zoo.tensorfile import tensor_bytes
+from zoo.sources.tensorfile import tensor_bytes
 
 CHUNK_ITEMS = 1 << 20
 MAX_HEAD_BYTES = 1 << 16

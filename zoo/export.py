@@ -15,16 +15,16 @@ import msgspec
 
 from zoo.adapters.adapter import CONFIG_NAME, HEAD_STEM, LIBRARY_STEM, STEM
 from zoo.adapters.summed import lora_of
+from zoo.adding.weighted import KIND as SUM
 from zoo.catalog import Catalog
 from zoo.dummy.refusal import check_weights
 from zoo.errors import BadName, BadSource, DiskFull, StoreFailure, UnsupportedOption
 from zoo.families.registry import family_named
 from zoo.manifest import Variant
 from zoo.progress import Progress
+from zoo.sources.weights import SourceTensor
+from zoo.sources.writer import write_tensors
 from zoo.store import NO_ROOM, Store
-from zoo.weighted import KIND as SUM
-from zoo.weights import SourceTensor
-from zoo.writer import write_tensors
 
 
 def export(root: Path, name: str, target: Path, progress: Progress) -> Path:
@@ -103,7 +103,7 @@ def _made_files(
         return _sum_files(catalog, store, variant)
     if variant.store == "delta":
         # Merging brings torch along.
-        from zoo.merge import merged_tensors
+        from zoo.deltas.merge import merged_tensors
 
         return {"model": merged_tensors(catalog, store, variant, progress)}
     return None

@@ -3,8 +3,8 @@ only the first start has to decode and pack them.
 
 A file `packed/LAYOUT/DI/DIGEST` (`.t` where the object was turned first) is the form's bytes and a
 seal with its name. It is a cache, written without the zoo's lock and never synced: one that a power
-loss cut short has not its size, and whoever lacks a form makes it anew. `zoo.sweep` removes the
-forms of objects that are gone. Called by `workers.packer`.
+loss cut short has not its size, and whoever lacks a form makes it anew. `zoo.keeping.sweep` removes
+the forms of objects that are gone. Called by `workers.packer`.
 """
 
 import logging
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zoo.manifest import ObjectDigest
-from zoo.mapping import map_file
+from zoo.sources.mapping import map_file
 from zoo.wholefile import LEFTOVERS, write_whole
 
 _log = logging.getLogger(__name__)

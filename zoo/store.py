@@ -27,8 +27,8 @@ from zoo.errors import (
     StoreFailure,
 )
 from zoo.manifest import ObjectDigest
-from zoo.mapping import map_file
-from zoo.tensorfile import TensorFile, header_bytes, tensor_bytes
+from zoo.sources.mapping import map_file
+from zoo.sources.tensorfile import TensorFile, header_bytes, tensor_bytes
 from zoo.wholefile import LEFTOVERS, holds, sync_folder, write_whole
 
 if TYPE_CHECKING:

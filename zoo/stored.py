@@ -7,8 +7,8 @@ from typing import Protocol
 
 from zoo.manifest import ObjectDigest
 from zoo.progress import Progress
+from zoo.sources.weights import SourceTensor
 from zoo.store import Store
-from zoo.weights import SourceTensor
 
 
 class Origin(Protocol):

@@ -1,4 +1,4 @@
-"""A zoo that is open for writing: its catalog and its store, as `zoo.add` hands them on."""
+"""A zoo that is open for writing: its catalog and its store, as `zoo.adding.add` hands them on."""
 
 from dataclasses import dataclass
 

@@ -18,9 +18,9 @@ from bench.job import Job, Outcome
 from bench.result import Figure, Result
 from bench.stage import Stage
 from bench.zoos import BASE, LAST, LORAS, variants
-from zoo.aliases import pin
+from zoo.keeping.aliases import pin
+from zoo.keeping.remove import remove
 from zoo.progress import Quiet
-from zoo.remove import remove
 
 _ADDED = {"LoRA": LORAS[-1], "last 4 layers": LAST[0], "full": "tickets-0"}
 _AFTER_S = 3.0

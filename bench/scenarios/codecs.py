@@ -20,9 +20,9 @@ from bench.result import Result
 from bench.stage import Stage
 from bench.tunes import REAL
 from bench.zoos import BASE
-from zoo.calibration import Calibration, calibration_text
 from zoo.catalog import Catalog
-from zoo.delta import as_float, compress
+from zoo.deltas.calibration import Calibration, calibration_text
+from zoo.deltas.delta import as_float, compress
 from zoo.door import Manifests, offline
 from zoo.equivalence.agreement import Agreement
 from zoo.equivalence.chains import bounded, manifests_of, tensors_of, written_out

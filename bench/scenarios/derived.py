@@ -28,9 +28,9 @@ from zoo.derived.training import Course
 from zoo.derived.verdict import SURROGATE
 from zoo.door import offline
 from zoo.equivalence.chains import manifests_of
+from zoo.equivalence.text import Measure
 from zoo.findings import Findings
 from zoo.progress import Progress
-from zoo.text import Measure
 
 HALF, NARROW, JOINED = "half", "narrow", "joined"
 _MEASURE = Measure(held_out=24)

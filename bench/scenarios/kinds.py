@@ -18,8 +18,8 @@ from bench import adapters
 from bench.result import Result
 from bench.stage import Stage
 from bench.variants import Checkpoint, full, last_layers
-from zoo.add import AddOptions, add
-from zoo.listing import Listing
+from zoo.adding.add import AddOptions, add
+from zoo.keeping.listing import Listing
 from zoo.manifest import Variant
 from zoo.progress import Quiet
 from zoo.store import Store

@@ -16,7 +16,7 @@ from bench.result import Result
 from bench.server import Server
 from bench.stage import Stage
 from bench.zoos import variants
-from zoo.listing import Listing, Stats
+from zoo.keeping.listing import Listing, Stats
 
 _KV_BYTES = 256 << 20
 _FLAGS = ("--kv-cache-memory-bytes", str(_KV_BYTES))

@@ -28,9 +28,9 @@ from zoo.equivalence.chains import manifests_of
 from zoo.equivalence.corpus import tokenizer_of
 from zoo.equivalence.probe import SEED
 from zoo.equivalence.score import scores
+from zoo.keeping.reach import Reach
 from zoo.manifest import ObjectDigest
 from zoo.measured import Interval, Measured
-from zoo.reach import Reach
 from zoo.store import Store
 
 _WAYS = ("exact", "delta", "equivalent")

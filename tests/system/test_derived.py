@@ -13,15 +13,15 @@ from engine.answers import Completion
 from engine.client import AsyncClient
 from tests.builders import tiny_llama
 from tests.system.running import running
-from zoo.add import AddOptions, add
+from zoo.adding.add import AddOptions, add
 from zoo.catalog import Catalog
 from zoo.derived.stitch import StitchOptions, make_stitch
 from zoo.derived.surrogate import SurrogateOptions, make_surrogate
 from zoo.derived.training import Course
 from zoo.door import offline
 from zoo.equivalence.chains import manifests_of
+from zoo.equivalence.text import Measure
 from zoo.progress import Quiet
-from zoo.text import Measure
 
 NAMES = ("model", "half", "narrow", "joined")
 NEW_TOKENS = 24

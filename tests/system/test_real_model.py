@@ -14,7 +14,7 @@ from bench import adapters
 from engine.client import AsyncClient
 from tests.system.running import running
 from tests.workers.family_zoo import wrong_tokens
-from zoo.add import AddOptions, add
+from zoo.adding.add import AddOptions, add
 from zoo.demo import BASE, GALLERY, SAMPLES, add_base
 from zoo.export import export
 from zoo.progress import Quiet

@@ -18,9 +18,9 @@ from engine.errors import ModelNotFound, PromptTooLong
 from tests import builders
 from tests.system.running import running
 from tests.workers.family_zoo import Family, wrong_tokens
-from zoo.add import AddOptions, add
+from zoo.adding.add import AddOptions, add
+from zoo.keeping.remove import remove
 from zoo.progress import Quiet
-from zoo.remove import remove
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests import builders
-from zoo.add import AddOptions, add
+from zoo.adding.add import AddOptions, add
 from zoo.progress import Quiet
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -14,7 +14,7 @@ from tests import builders
 from tests.workers.family_zoo import MLP, Family, everything, wrong_tokens
 from tests.workers.hand_made import Base, Tuned
 from tests.workers.local import Answer, LocalWorker
-from zoo.add import AddOptions, add
+from zoo.adding.add import AddOptions, add
 from zoo.progress import Quiet
 
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []

@@ -14,7 +14,7 @@ from tests.workers.family_zoo import Family, wrong_tokens
 from tests.workers.local import LocalWorker
 from workers.chains import UnservableChain
 from workers.offline import Offline
-from zoo.add import AddOptions, add
+from zoo.adding.add import AddOptions, add
 from zoo.catalog import Catalog
 from zoo.manifest import Manifests
 from zoo.progress import Quiet

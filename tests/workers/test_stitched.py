@@ -7,7 +7,7 @@ import torch
 
 from tests import builders
 from tests.workers.hand_made import Base
-from zoo.add import AddOptions, add
+from zoo.adding.add import AddOptions, add
 from zoo.catalog import Catalog
 from zoo.compose import unit_digest
 from zoo.door import Manifests, offline

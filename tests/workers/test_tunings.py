@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from bench import adapters
 from tests import builders, tuned
 from tests.workers.local import LocalWorker
-from zoo.add import AddOptions, add
+from zoo.adding.add import AddOptions, add
 from zoo.catalog import Catalog
 from zoo.door import Manifests, offline
 from zoo.progress import Quiet

@@ -8,7 +8,7 @@ import torch
 from tests import builders
 from tests.workers.local import LocalWorker
 from workers.weights import DummyWeights, StoredWeights, open_weights
-from zoo.add import AddOptions, add
+from zoo.adding.add import AddOptions, add
 from zoo.catalog import Catalog
 from zoo.dummy.make import make
 from zoo.dummy.recipe import Recipe

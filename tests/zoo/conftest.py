@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests import builders
-from zoo.add import AddOptions, add
+from zoo.adding.add import AddOptions, add
 from zoo.manifest import Variant
 from zoo.progress import Quiet
 

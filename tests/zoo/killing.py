@@ -15,14 +15,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from zoo.add import AddOptions, add
+from zoo.adding.add import AddOptions, add
 from zoo.catalog import Catalog
 from zoo.errors import ZooError
+from zoo.keeping.remove import remove
+from zoo.keeping.sweep import sweep
+from zoo.keeping.verify import verify
 from zoo.progress import Quiet
-from zoo.remove import remove
-from zoo.sweep import sweep
 from zoo.transfer.move import Move, pull
-from zoo.verify import verify
 
 NAME = "churn"
 EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "sqlite3.connect", "fcntl.flock"}

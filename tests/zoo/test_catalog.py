@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from zoo.audit import audit
 from zoo.catalog import Alias, Catalog, Publication
 from zoo.errors import DamagedCatalog, NameTaken, UnknownVariant
 from zoo.findings import Findings
+from zoo.keeping.audit import audit
 from zoo.manifest import (
     Chain,
     ChainDigest,

@@ -8,10 +8,10 @@ import pytest
 from zoo.catalog import Catalog
 from zoo.errors import DamagedCatalog
 from zoo.findings import Findings
+from zoo.keeping.sweep import sweep
+from zoo.keeping.verify import verify
 from zoo.progress import Quiet
 from zoo.store import Store
-from zoo.sweep import sweep
-from zoo.verify import verify
 
 
 class Length(msgspec.Struct, frozen=True):

@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from zoo import demo
 from zoo.errors import BadSource
-from zoo.tasks import TASKS
+from zoo.learning.tasks import TASKS
 
 SHIPPED = [task for task in TASKS.values() if task.generate is None]
 LIMIT_BYTES = 11_000_000

@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 import msgspec
 
 from zoo.errors import BadAdapter
-from zoo.patterns import check_patterns
-from zoo.sidefiles import read_side_files
-from zoo.strictjson import check_json
-from zoo.weights import SourceTensor, read_weights
+from zoo.sources.patterns import check_patterns
+from zoo.sources.sidefiles import read_side_files
+from zoo.sources.strictjson import check_json
+from zoo.sources.weights import SourceTensor, read_weights
 
 CONFIG_NAME = "adapter_config.json"
 # What the weights of peft and of the `adapters` library are called.

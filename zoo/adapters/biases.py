@@ -4,7 +4,7 @@ from zoo.adapters.adapter import Adapter, module_path
 from zoo.adapters.draft import Draft
 from zoo.adapters.ground import Ground
 from zoo.adapters.whole import bias_values, place_whole, put_bias
-from zoo.values import read_values
+from zoo.sources.values import read_values
 
 _ADDED = ".beft_bias"
 

@@ -18,7 +18,7 @@ from zoo.adapters.ground import Ground
 from zoo.adapters.whole import put_tensor
 from zoo.errors import BadAdapter
 from zoo.manifest import Bottleneck, ObjectDigest
-from zoo.values import read_values
+from zoo.sources.values import read_values
 
 _PART = re.compile(
     r"(?P<layer>.+)\.(?P<where>attention|output)_adapters\.adapters\.[^.]+\."

@@ -10,7 +10,7 @@ from transformers.activations import get_activation
 from zoo.adapters.adapter import HEAD_STEM, Adapter
 from zoo.adapters.bottleneck import BottleneckSettings, sort_parts
 from zoo.adapters.ground import Ground
-from zoo.values import read_values
+from zoo.sources.values import read_values
 
 
 class _Detour(nn.Module):

@@ -22,8 +22,8 @@ from zoo.manifest import (
     SoftPrompt,
     TokenRows,
 )
-from zoo.values import as_tensor
-from zoo.weights import SourceTensor
+from zoo.sources.values import as_tensor
+from zoo.sources.weights import SourceTensor
 
 _OBJECT_FIELDS = (
     *("a", "b", "vector", "weight", "bias", "down", "up", "down_bias", "up_bias"),

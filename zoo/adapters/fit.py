@@ -13,7 +13,7 @@ from zoo.adapters.prompts import place_prefix, place_prompt
 from zoo.adapters.tokens import place_trainable_tokens
 from zoo.adapters.whole import agree_vocabulary, place_whole
 from zoo.errors import BadAdapter
-from zoo.weights import FLOATS
+from zoo.sources.weights import FLOATS
 
 Placer = Callable[[Adapter, Ground, Draft], None]
 

@@ -8,7 +8,7 @@ from zoo.adapters.ground import Ground
 from zoo.adapters.whole import bias_values, place_whole, put_bias
 from zoo.families.family import Place
 from zoo.manifest import Gain, InputGain
-from zoo.values import read_values
+from zoo.sources.values import read_values
 
 _FACTOR = ".ia3_l"
 _OUTPUTS = frozenset({"o", "down"})

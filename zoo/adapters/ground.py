@@ -8,8 +8,8 @@ import numpy as np
 from zoo.errors import BadAdapter
 from zoo.families.family import HEAD, TOKENS, Family, Place
 from zoo.manifest import AttentionSpec, HeadSpec, MlpSpec, ObjectDigest, ParallelSpec, Spec, Unit
+from zoo.sources.values import read_values
 from zoo.store import Store
-from zoo.values import read_values
 
 
 @dataclass(frozen=True, slots=True)

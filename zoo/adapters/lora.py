@@ -16,8 +16,8 @@ from zoo.adapters.whole import bias_values, place_whole, put_bias
 from zoo.errors import BadAdapter
 from zoo.families.family import TOKENS, Place
 from zoo.manifest import EmbedSpec, Gain, LowRank, ObjectDigest
-from zoo.values import read_values
-from zoo.weights import is_zero
+from zoo.sources.values import read_values
+from zoo.sources.weights import is_zero
 
 _PART = re.compile(
     r"(?P<path>.+)\.lora_(?:embedding_)?(?P<half>[AB])(?:\.default)?(?:\.(?P<kind>weight|bias))?"

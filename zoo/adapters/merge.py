@@ -11,7 +11,7 @@ from zoo.adapters.draft import Draft
 from zoo.adapters.ground import Ground
 from zoo.adapters.whole import agree_vocabulary, put_tensor
 from zoo.errors import BadAdapter
-from zoo.values import as_tensor
+from zoo.sources.values import as_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,7 +12,7 @@ from zoo.adapters.draft import Draft
 from zoo.adapters.ground import Ground
 from zoo.errors import BadAdapter
 from zoo.manifest import ObjectDigest, Prefix, SoftPrompt, attention_of
-from zoo.values import read_values
+from zoo.sources.values import read_values
 
 _NAME = "prompt_embeddings"
 

@@ -8,9 +8,9 @@ import numpy as np
 
 from zoo.families.family import Family, Place
 from zoo.manifest import Attachment, AttentionSpec, EmbedSpec, LowRank, MlpSpec, ParallelSpec, Unit
+from zoo.sources.values import as_tensor, read_values
+from zoo.sources.weights import SourceTensor
 from zoo.store import Store
-from zoo.values import as_tensor, read_values
-from zoo.weights import SourceTensor
 
 _PREFIX = "base_model.model."
 

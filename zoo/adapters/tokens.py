@@ -11,7 +11,7 @@ from zoo.adapters.ground import Ground
 from zoo.adapters.whole import place_whole
 from zoo.errors import BadAdapter
 from zoo.manifest import TokenRows
-from zoo.values import read_values
+from zoo.sources.values import read_values
 
 TOKEN_ROWS = ".trainable_tokens_delta"
 Indices = Sequence[int] | Mapping[str, Sequence[int]] | None

@@ -11,9 +11,9 @@ from zoo.adapters.ground import Ground
 from zoo.errors import BadAdapter
 from zoo.families.family import HEAD, TOKENS, Place
 from zoo.manifest import Bias, ForeignSpec, NormWeights, ObjectDigest
+from zoo.sources.values import read_values
+from zoo.sources.weights import SourceTensor
 from zoo.store import tensor_digest
-from zoo.values import read_values
-from zoo.weights import SourceTensor
 
 NORMS = frozenset({"norm", "mlp_norm", "q_norm", "k_norm", "post_norm"})
 # peft's names for a module that it put something around.

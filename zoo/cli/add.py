@@ -62,7 +62,7 @@ def add_command(  # noqa: PLR0913 one parameter per option
     zoo: ZooOption = None,
 ) -> None:
     """Add a variant: a whole model, a fine-tune, an adapter, or a weighted sum of adapters."""
-    from zoo.add import AddOptions, add
+    from zoo.adding.add import AddOptions, add
 
     options = AddOptions(
         base=base,

@@ -48,7 +48,7 @@ def surrogate_command(  # noqa: PLR0913 one parameter per option
     from zoo.derived.surrogate import SurrogateOptions, make_surrogate
     from zoo.derived.tables import surrogate_lines, surrogate_table
     from zoo.derived.training import Course
-    from zoo.text import Measure
+    from zoo.equivalence.text import Measure
 
     options = SurrogateOptions(
         ratio=ratio,
@@ -93,7 +93,7 @@ def stitch_command(  # noqa: PLR0913 one parameter per option
     from zoo.derived.stitch import StitchOptions, make_stitch
     from zoo.derived.tables import stitch_lines, stitch_table
     from zoo.derived.training import Course
-    from zoo.text import Measure
+    from zoo.equivalence.text import Measure
 
     options = StitchOptions(
         at=at,

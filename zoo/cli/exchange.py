@@ -6,7 +6,7 @@ import typer
 
 from zoo.cli.app import JsonOption, WaitOption, ZooOption, app, err, root_of, show
 from zoo.console import ConsoleProgress
-from zoo.sizes import size
+from zoo.keeping.sizes import size
 
 if TYPE_CHECKING:
     from zoo.transfer.move import Moved

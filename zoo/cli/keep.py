@@ -7,14 +7,14 @@ import typer
 from zoo.catalog import Catalog
 from zoo.cli.app import JsonOption, Name, WaitOption, ZooOption, app, err, out, root_of, show
 from zoo.console import ConsoleProgress
-from zoo.listing import Listing
-from zoo.sizes import parsed_size
+from zoo.keeping.listing import Listing
+from zoo.keeping.sizes import parsed_size
 
 
 @app.command("blocks")
 def blocks_command(context: typer.Context, json: JsonOption = False, zoo: ZooOption = None) -> None:
-    """List the blocks that the variants share. --json: an array of zoo.listing.BlockRow."""
-    from zoo.tables import blocks_table
+    """List the blocks that the variants share. --json: an array of zoo.keeping.listing.BlockRow."""
+    from zoo.keeping.tables import blocks_table
 
     rows = Listing(root_of(context, zoo)).blocks()
     show(rows, blocks_table(rows), [] if rows else ["the zoo is empty"], json)
@@ -22,8 +22,8 @@ def blocks_command(context: typer.Context, json: JsonOption = False, zoo: ZooOpt
 
 @app.command("stats")
 def stats_command(context: typer.Context, json: JsonOption = False, zoo: ZooOption = None) -> None:
-    """Say what sharing saves. --json: a zoo.listing.Stats."""
-    from zoo.tables import stats_lines, variants_table
+    """Say what sharing saves. --json: a zoo.keeping.listing.Stats."""
+    from zoo.keeping.tables import stats_lines, variants_table
 
     stats = Listing(root_of(context, zoo)).stats()
     show(stats, variants_table(stats.by_variant), stats_lines(stats), json)
@@ -31,9 +31,9 @@ def stats_command(context: typer.Context, json: JsonOption = False, zoo: ZooOpti
 
 @app.command("verify")
 def verify_command(context: typer.Context, json: JsonOption = False, zoo: ZooOption = None) -> None:
-    """Hash every object again; exit 1 if one is bad. --json: a zoo.verify.Verdict."""
-    from zoo.tables import damage_lines
-    from zoo.verify import verify
+    """Hash every object again; exit 1 if one is bad. --json: a zoo.keeping.verify.Verdict."""
+    from zoo.keeping.tables import damage_lines
+    from zoo.keeping.verify import verify
 
     verdict = verify(root_of(context, zoo), ConsoleProgress(err))
     show(verdict, None, damage_lines(verdict), json)
@@ -49,9 +49,9 @@ def sweep_command(
     json: JsonOption = False,
     zoo: ZooOption = None,
 ) -> None:
-    """Delete objects that no variant needs. --json: a zoo.sweep.Rubbish."""
-    from zoo.sweep import sweep
-    from zoo.tables import rubbish_lines
+    """Delete objects that no variant needs. --json: a zoo.keeping.sweep.Rubbish."""
+    from zoo.keeping.sweep import sweep
+    from zoo.keeping.tables import rubbish_lines
 
     rubbish = sweep(root_of(context, zoo), delete=yes, wait_s=wait, progress=ConsoleProgress(err))
     show(rubbish, None, rubbish_lines(rubbish, deleted=yes), json)
@@ -61,9 +61,11 @@ def sweep_command(
 def versions_command(
     context: typer.Context, name: Name, json: JsonOption = False, zoo: ZooOption = None
 ) -> None:
-    """List what a name has meant, oldest first. --json: an array of zoo.history.VersionRow."""
-    from zoo.history import history
-    from zoo.tables import versions_table
+    """List what a name has meant, oldest first.
+
+    --json: an array of zoo.keeping.history.VersionRow."""
+    from zoo.keeping.history import history
+    from zoo.keeping.tables import versions_table
 
     rows = history(root_of(context, zoo), name)
     show(rows, versions_table(rows), [], json)
@@ -83,8 +85,8 @@ def alias_command(  # noqa: PLR0913 one parameter per option
 ) -> None:
     """Name one version of a variant, whatever its own name comes to mean. Without arguments: list
     the aliases (--json: an array of zoo.catalog.Alias)."""
-    from zoo.aliases import pin, unpin
-    from zoo.tables import aliases_table
+    from zoo.keeping.aliases import pin, unpin
+    from zoo.keeping.tables import aliases_table
 
     root, progress = root_of(context, zoo), ConsoleProgress(err)
     if alias is None:
@@ -124,11 +126,11 @@ def fit_command(  # noqa: PLR0913 one parameter per option
     json: JsonOption = False,
     zoo: ZooOption = None,
 ) -> None:
-    """Say from the catalog alone how many variants fit into a memory. --json: a zoo.fit.Fit."""
-    from zoo.census import census
-    from zoo.fit import Load, fit
-    from zoo.prospect import prospect
-    from zoo.tables import fit_lines, fit_table
+    """Say from the catalog alone how many variants fit a memory. --json: a zoo.keeping.fit.Fit."""
+    from zoo.keeping.census import census
+    from zoo.keeping.fit import Load, fit
+    from zoo.keeping.prospect import prospect
+    from zoo.keeping.tables import fit_lines, fit_table
 
     root = root_of(context, zoo)
     there = census(root, kv_width)

@@ -7,13 +7,13 @@ import typer
 
 from zoo.cli.app import JsonOption, Name, WaitOption, ZooOption, app, err, out, root_of, show
 from zoo.console import ConsoleProgress
-from zoo.listing import Listing
+from zoo.keeping.listing import Listing
 
 
 @app.command("list")
 def list_command(context: typer.Context, json: JsonOption = False, zoo: ZooOption = None) -> None:
-    """List the variants. --json: an array of zoo.listing.VariantRow."""
-    from zoo.tables import variants_table
+    """List the variants. --json: an array of zoo.keeping.listing.VariantRow."""
+    from zoo.keeping.tables import variants_table
 
     rows = Listing(root_of(context, zoo)).rows()
     show(rows, variants_table(rows), [] if rows else ["the zoo is empty"], json)
@@ -23,8 +23,8 @@ def list_command(context: typer.Context, json: JsonOption = False, zoo: ZooOptio
 def show_command(
     context: typer.Context, name: Name, json: JsonOption = False, zoo: ZooOption = None
 ) -> None:
-    """Show what a variant is made of. --json: a zoo.listing.VariantDetail."""
-    from zoo.tables import detail_lines, detail_table
+    """Show what a variant is made of. --json: a zoo.keeping.listing.VariantDetail."""
+    from zoo.keeping.tables import detail_lines, detail_table
 
     detail = Listing(root_of(context, zoo), name).detail(name)
     show(detail, detail_table(detail), detail_lines(detail), json)
@@ -35,7 +35,7 @@ def remove_command(
     context: typer.Context, name: Name, wait: WaitOption = 600.0, zoo: ZooOption = None
 ) -> None:
     """Forget a variant; `sweep` frees its disk space later."""
-    from zoo.remove import remove
+    from zoo.keeping.remove import remove
 
     remove(root_of(context, zoo), name, wait_s=wait, progress=ConsoleProgress(err))
     out.print(f"removed {name}: run sweep --yes to free what only it used")

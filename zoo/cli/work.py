@@ -14,7 +14,9 @@ DummyFolder = Annotated[Path, typer.Argument(metavar="DIR", help="The zoo's fold
 OutFolder = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")]
 RowsOption = Annotated[
     Path | None,
-    typer.Option("--data", metavar="FILE", help="Rows: .jsonl or .jsonl.gz (see zoo.tasks)."),
+    typer.Option(
+        "--data", metavar="FILE", help="Rows: .jsonl or .jsonl.gz (see zoo.learning.tasks)."
+    ),
 ]
 
 
@@ -71,8 +73,8 @@ def train_command(
     task: TaskName, base: BaseFolder, out: OutFolder, data: RowsOption = None
 ) -> None:
     """Train a variant of the demo."""
-    from zoo.tasks import task_of
-    from zoo.train import train
+    from zoo.learning.tasks import task_of
+    from zoo.learning.train import train
 
     train(task_of(task), base, out, data, ConsoleProgress(err))
 
@@ -91,10 +93,12 @@ def evaluate_command(  # noqa: PLR0913 one parameter per option
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Score a variant beside its base on held-out rows. --json: a zoo.evaluate.Comparison."""
-    from zoo.card import write_card
-    from zoo.evaluate import compare, table
-    from zoo.tasks import task_of
+    """Score a variant beside its base on held-out rows.
+
+    --json: a zoo.learning.evaluate.Comparison."""
+    from zoo.learning.card import write_card
+    from zoo.learning.evaluate import compare, table
+    from zoo.learning.tasks import task_of
 
     chosen = task_of(task)
     questions = chosen.questions(data, rows)

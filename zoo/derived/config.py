@@ -11,10 +11,10 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
-from zoo.checkpoint import design_of
 from zoo.errors import ZooError
 from zoo.families.registry import family_named
 from zoo.manifest import AttentionSpec, MlpSpec, ParallelSpec, Spec
+from zoo.sources.checkpoint import design_of
 
 # Names of the same number in the configs of different architectures.
 _LAYERS = ("num_hidden_layers", "n_layer")

@@ -24,13 +24,13 @@ from zoo.derived.subject import Subject, check_free, fast_dtype, read_subject
 from zoo.derived.training import Course, Loss, Training, pick
 from zoo.door import offline
 from zoo.equivalence.corpus import tokenizer_print
+from zoo.equivalence.text import Measure, read_corpus
 from zoo.errors import UnsupportedOption
 from zoo.findings import Findings
 from zoo.manifest import ObjectDigest, StitchSpec, Unit, attention_of
 from zoo.names import checked_name
 from zoo.progress import Progress
 from zoo.store import Store
-from zoo.text import Measure, read_corpus
 from zoo.work import work_folder
 from zoo.zoo import Zoo
 

@@ -9,9 +9,9 @@ import torch
 from zoo.catalog import Catalog, name_taken
 from zoo.derived.network import Network, read_network
 from zoo.errors import UnknownVariant, UnsupportedFamily
+from zoo.learning.train import is_bfloat16_fast
 from zoo.manifest import ChainDigest, Manifests, Unit, UnitDigest, Variant
 from zoo.store import Store
-from zoo.train import is_bfloat16_fast
 
 
 @dataclass(frozen=True, slots=True)

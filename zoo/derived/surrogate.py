@@ -21,13 +21,13 @@ from zoo.derived.publishing import Draft, opened, publish, stored
 from zoo.derived.subject import check_free, fast_dtype, read_subject
 from zoo.derived.training import Course, Training
 from zoo.derived.verdict import Verdict, weigh
+from zoo.equivalence.text import Corpus, Measure, read_corpus
 from zoo.errors import UnsupportedOption
 from zoo.findings import Findings
 from zoo.manifest import Unit, Variant
 from zoo.names import checked_name
 from zoo.progress import Progress
 from zoo.store import Store
-from zoo.text import Corpus, Measure, read_corpus
 from zoo.work import work_folder
 
 KIND = "surrogate"

@@ -8,7 +8,7 @@ from zoo.derived.judgement import TRUE, Quality
 from zoo.derived.profile import BlockProfile
 from zoo.derived.stitch import StitchFinding
 from zoo.derived.surrogate import SurrogateFinding
-from zoo.tables import size
+from zoo.keeping.tables import size
 
 _QUALITY = ("perplexity", "KL (nats)", "same best token")
 

@@ -22,8 +22,8 @@ from zoo.derived.network import Network
 from zoo.derived.pace import Pace, paces
 from zoo.derived.subject import Subject, fast_dtype
 from zoo.door import offline
+from zoo.equivalence.text import Corpus
 from zoo.progress import Progress
-from zoo.text import Corpus
 
 if TYPE_CHECKING:
     from zoo.door import Model

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import msgspec
 
+from zoo.adding.finetune import prepare_checkpoint
+from zoo.adding.options import AddOptions
 from zoo.catalog import Catalog, Publication
 from zoo.dummy.models import Models, read_models
 from zoo.dummy.recipe import BASE, Recipe
 from zoo.dummy.store import DummyStore
 from zoo.dummy.tunings import delta, lora
 from zoo.errors import BadSource
-from zoo.finetune import prepare_checkpoint
 from zoo.lock import writing
-from zoo.options import AddOptions
 from zoo.progress import Progress, Quiet
 from zoo.zoo import Zoo
 

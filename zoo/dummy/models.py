@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from zoo.checkpoint import Checkpoint, read_config, read_eos
 from zoo.dummy.recipe import BASE, DTYPES, Recipe
 from zoo.errors import UnsupportedOption
 from zoo.families.family import HEAD, Design, Family, Place
-from zoo.weights import SourceTensor
+from zoo.sources.checkpoint import Checkpoint, read_config, read_eos
+from zoo.sources.weights import SourceTensor
 
 # Name of a tensor -> the variant whose own it is.
 Owner = Callable[[str], str]

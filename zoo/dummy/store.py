@@ -11,8 +11,8 @@ from pathlib import Path
 
 from zoo.catalog import Catalog
 from zoo.manifest import ObjectDigest
+from zoo.sources.tensorfile import tensor_bytes
 from zoo.store import ObjectInfo, Store, tensor_digest
-from zoo.tensorfile import tensor_bytes
 
 
 class DummyStore(Store):

@@ -9,8 +9,10 @@ import msgspec
 
 from zoo.adapters.adapter import CONFIG_NAME, Adapter
 from zoo.adapters.ground import Ground
+from zoo.adding.finetune import compose_checkpoint, compose_units
+from zoo.adding.options import AddOptions
+from zoo.adding.tuning import prepare_adapter
 from zoo.catalog import Publication
-from zoo.checkpoint import sort_units
 from zoo.compose import (
     Tuned,
     attachment_digest,
@@ -19,17 +21,15 @@ from zoo.compose import (
     publication_of,
     unit_digest,
 )
-from zoo.delta import outline
+from zoo.deltas.delta import outline
 from zoo.dummy.models import Models
 from zoo.dummy.recipe import BASE
 from zoo.families.family import Place
-from zoo.finetune import compose_checkpoint, compose_units
 from zoo.manifest import Attachment, Chain, ForeignSpec, LowRank, ObjectDigest, Unit
-from zoo.options import AddOptions
 from zoo.progress import Quiet
+from zoo.sources.checkpoint import sort_units
+from zoo.sources.weights import SourceTensor
 from zoo.stored import store_origin
-from zoo.tuning import prepare_adapter
-from zoo.weights import SourceTensor
 from zoo.zoo import Zoo
 
 _UPON_BASE = AddOptions(base=BASE, golden=False)

@@ -1,7 +1,7 @@
 """Held-out text that chains are compared on, as token ids; built in, or rows of a file.
 
-The built-in rows are those that `zoo.practice` holds out. A row is a conversation of one turn, and
-only its answer is predicted: what a variant was asked is not what it has to agree about.
+The built-in rows are those that `zoo.learning.practice` holds out. A row is a conversation of one
+turn, and only its answer is predicted: what a variant was asked is not what it has to agree about.
 """
 
 import hashlib
@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, cast
 import msgspec
 
 from zoo.errors import BadSource
+from zoo.learning.practice import Row
+from zoo.learning.tasks import TASKS, read_rows
 from zoo.manifest import Variant
-from zoo.practice import Row
 from zoo.store import Store
-from zoo.tasks import TASKS, read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

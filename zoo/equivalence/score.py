@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from zoo.equivalence.chains import bounded
+from zoo.learning.tasks import Question, Task
 from zoo.manifest import Manifests
 from zoo.progress import Progress
-from zoo.tasks import Question, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,7 +24,7 @@ def scores(
     progress: Progress,
 ) -> list[float]:
     """The score of each question's answer, 0 to 1, in the order of the questions."""
-    from zoo.train import end_of_turn, prompt_ids
+    from zoo.learning.train import end_of_turn, prompt_ids
 
     task, questions = asked
     prompts = [prompt_ids(tokenizer, task, question.prompt) for question in questions]

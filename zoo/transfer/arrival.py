@@ -5,9 +5,9 @@ from pathlib import Path
 
 from zoo.difference import decode, is_intact, read_head
 from zoo.errors import BadDelivery, BadTensorFile, MissingObject
-from zoo.mapping import map_file
+from zoo.sources.mapping import map_file
+from zoo.sources.tensorfile import TensorFile
 from zoo.store import Store, blob_digest, tensor_digest
-from zoo.tensorfile import TensorFile
 from zoo.transfer.shipment import Parcel
 
 # What a file may have beside its tensor's bytes: a header, the lengths of a difference's chunks.

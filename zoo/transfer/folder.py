@@ -11,8 +11,8 @@ from msgspec.structs import replace
 from zoo.catalog import Catalog, Publication
 from zoo.dummy.refusal import check_weights
 from zoo.errors import DiskFull, MissingObject, UnknownVariant
+from zoo.keeping.reach import Reach
 from zoo.manifest import ChainDigest
-from zoo.reach import Reach
 from zoo.store import Store
 from zoo.transfer.arrival import keep
 from zoo.transfer.shipment import Parcel, Shipment

@@ -6,8 +6,8 @@ from pathlib import PurePath
 from zoo.errors import BadDelivery, BadTensorFile, ZooError
 from zoo.manifest import EmbedSpec, HeadSpec, ObjectDigest, StitchSpec, Variant, digest, objects_of
 from zoo.names import checked_name
+from zoo.sources.tensorfile import tensor_bytes
 from zoo.store import ObjectInfo, checked_digest
-from zoo.tensorfile import tensor_bytes
 from zoo.transfer.shapes import check_shapes
 from zoo.transfer.shipment import Shipment
 

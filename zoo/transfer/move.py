@@ -30,7 +30,7 @@ class Moved(msgspec.Struct, frozen=True):
 
 
 class Move(msgspec.Struct, frozen=True):
-    """Which variants to move (none: all), and how: see `zoo.options.AddOptions`."""
+    """Which variants to move (none: all), and how: see `zoo.adding.options.AddOptions`."""
 
     names: tuple[str, ...] = ()
     replace: bool = False

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from tests.builders import tiny_llama
-from zoo.add import AddOptions, add
+from zoo.adding.add import AddOptions, add
 from zoo.derived.publishing import Draft, publish, stored
 from zoo.derived.subject import read_subject
 from zoo.derived.training import Course, Training
+from zoo.equivalence.text import Measure, read_corpus
 from zoo.progress import Quiet
-from zoo.text import Measure, read_corpus
 
 MEASURE = Measure(length=32, held_out=16, train=2000)
 

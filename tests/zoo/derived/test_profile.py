@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from tests.builders import fine_tune, tiny_llama
-from zoo.add import AddOptions, add
+from zoo.adding.add import AddOptions, add
 from zoo.catalog import Catalog
 from zoo.derived.latency import Point, fit, grid_of, predict
 from zoo.derived.profile import KIND, BlockProfile, ProfileOptions, profile
 from zoo.errors import UnknownVariant, UnsupportedOption
 from zoo.findings import Findings
-from zoo.listing import Listing
+from zoo.keeping.listing import Listing
 from zoo.progress import Quiet
 
 OPTIONS = ProfileOptions(batches=(1, 8), contexts=(16, 64), prompts=(8, 32), repeats=2, threads=1)

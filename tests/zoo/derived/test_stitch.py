@@ -10,7 +10,7 @@ import torch
 
 from tests.builders import tiny_llama
 from tests.zoo.derived.conftest import MEASURE
-from zoo.add import AddOptions, add
+from zoo.adding.add import AddOptions, add
 from zoo.catalog import Catalog
 from zoo.derived.join import fitted, identity, joined, read_joins
 from zoo.derived.network import Part

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.builders import fine_tune
 from tests.zoo.derived.conftest import MEASURE
-from zoo.add import AddOptions, add
+from zoo.adding.add import AddOptions, add
 from zoo.catalog import Catalog
 from zoo.derived.judgement import TRUE, accept, bigrams, lookup
 from zoo.derived.subject import read_subject
@@ -26,8 +26,8 @@ from zoo.door import offline
 from zoo.errors import BadSource, NameTaken, UnknownVariant, UnsupportedOption
 from zoo.export import export
 from zoo.findings import Findings
+from zoo.keeping.remove import remove
 from zoo.progress import Quiet
-from zoo.remove import remove
 
 COURSE = Course(steps=60, batch=8, rate=3e-3)
 OPTIONS = SurrogateOptions(ratio=0.5, measure=MEASURE, course=COURSE)
@@ -97,7 +97,7 @@ import sys
 from pathlib import Path
 import torch
 from zoo.derived import training
-from zoo.text import Measure
+from zoo.equivalence.text import Measure
 from zoo.derived.surrogate import SurrogateOptions, make_surrogate
 from zoo.derived.training import Course
 from zoo.progress import Quiet

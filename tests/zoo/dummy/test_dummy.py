@@ -7,21 +7,21 @@ from pathlib import Path
 import pytest
 
 from tests import builders
-from zoo.add import AddOptions, add
+from zoo.adding.add import AddOptions, add
 from zoo.catalog import Catalog
-from zoo.checkpoint import read_checkpoint
 from zoo.dummy.make import make
 from zoo.dummy.recipe import PRESETS, Recipe
 from zoo.dummy.store import DummyStore
 from zoo.errors import BadSource, MissingObject, UnsupportedOption, ZooError
 from zoo.export import export
+from zoo.keeping.reach import Reach
+from zoo.keeping.sweep import sweep
+from zoo.keeping.verify import verify
 from zoo.manifest import LowRank, NormWeights, Variant
 from zoo.progress import Quiet
-from zoo.reach import Reach
+from zoo.sources.checkpoint import read_checkpoint
 from zoo.store import Store
-from zoo.sweep import sweep
 from zoo.transfer.move import Move, push
-from zoo.verify import verify
 
 MIX = Recipe("tiny", loras=2, rank=4, lasts=2, last_layers=1, fulls=1, deltas=1, delta_rank=8)
 

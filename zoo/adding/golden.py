@@ -1,0 +1,105 @@
+"""The golden check: before a variant is published, its chain runs a few short sequences, and its
+logits must be those of transformers and peft on the source.
+
+Both sides compute in float32, so the tolerance does not depend on what the source is stored as."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+from zoo.adding.reference import Expected, noise
+from zoo.catalog import Publication
+from zoo.door import Manifests, offline
+from zoo.errors import NotEqual
+from zoo.families.registry import family_named
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from zoo.door import Model
+
+# Largest difference of two logits of a position, over the largest logit of its sequence.
+TOLERANCE = 1e-4
+# Where a network itself rounds more than that, so many times its own noise pass, up to a bound.
+_NOISES, _MOST = 4.0, 1e-3
+_LENGTHS = (1, 5, 19)
+_SEED = 20
+# The reference in float32, the chain as it is stored, and activations.
+_ROOM = 1.3
+
+
+def golden_sequences(vocabulary: int, context: int, special: Sequence[int] = ()) -> list[list[int]]:
+    """A few short sequences, the same for the same model; they hold `special` tokens too."""
+    draw = random.Random(_SEED)
+    lengths = sorted({min(length, context) for length in _LENGTHS})
+    sequences = [[draw.randrange(vocabulary) for _ in range(length)] for length in lengths]
+    chosen = special[: lengths[-1]]
+    for place, token in zip(draw.sample(range(lengths[-1]), len(chosen)), chosen, strict=True):
+        sequences[-1][place] = token
+    return sequences
+
+
+def lacking_bytes(reference_bytes: int, chain_bytes: int) -> int:
+    """How many bytes of memory are wanting to run both; 0 or less where there is room."""
+    wanted = int(_ROOM * (reference_bytes + chain_bytes))
+    return wanted - psutil.virtual_memory().available
+
+
+def check_golden(root: Path, publication: Publication, expected: Expected) -> float:
+    """Run the chain and return the largest relative difference found; raises NotEqual beyond the
+    tolerance, with the first place where the two part."""
+    with offline(root) as runner:
+        model = runner.load(manifests_of(publication))
+        given = model.logits(expected.sequences)
+        error = max(map(_distance, given, expected.logits))
+        if error <= TOLERANCE or error <= min(_NOISES * _noise(expected), _MOST):
+            return error
+        place = _first_departure(publication, model, expected)
+    variant = publication.variant
+    raise NotEqual(
+        f"{variant.source} was not added: the chain's logits differ from the source's own by "
+        f"{error:.1e} of their size, which is no rounding, first at {place}; --no-golden adds it "
+        "all the same"
+    )
+
+
+def manifests_of(publication: Publication) -> Manifests:
+    """A chain that the catalog need not know, as the door wants it."""
+    chain = publication.chain
+    return Manifests(
+        units=[(digest, publication.units[digest]) for digest in chain.units],
+        attachments=[
+            None if digest is None else (digest, publication.attachments[digest])
+            for digest in chain.attachments
+        ],
+        context=publication.variant.context,
+    )
+
+
+def _noise(expected: Expected) -> float:
+    """The reference's own rounding, if there is memory for it in float64."""
+    wide = sum(4 * parameter.numel() for parameter in expected.model.parameters())
+    return noise(expected) if lacking_bytes(wide, 0) <= 0 else 0.0
+
+
+def _first_departure(publication: Publication, model: "Model", expected: Expected) -> str:
+    family = family_named(publication.variant.family)
+    step = len(family.layer_units)
+    for depth, _ in enumerate(expected.hidden[0]):
+        given = model.hidden(expected.sequences, 1 + depth * step)
+        wanted = [states[depth] for states in expected.hidden]
+        # Also for what is not a number.
+        if not max(map(_distance, given, wanted)) <= TOLERANCE:
+            return f"layer {depth - 1}" if depth else "the embedding"
+    return f"layer {len(expected.hidden[0]) - 1} or the head"
+
+
+def _distance(given: "Tensor", wanted: "Tensor") -> float:
+    if given.shape != wanted.shape:
+        return float("inf")
+    error = float((given - wanted).abs().max() / wanted.abs().max())
+    # Not a number compares as neither small nor large.
+    return error if error == error else float("inf")
