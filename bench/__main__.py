@@ -16,7 +16,7 @@ import msgspec
 from rich.console import Console
 from transformers.utils import logging
 
-from bench.adding import AddingFailed
+from bench.adder import AddingFailed
 from bench.device import NoDevice
 from bench.load import LoadFailed
 from bench.loop import WorkerFailed

@@ -10,7 +10,7 @@ from itertools import pairwise
 import msgspec
 import uvloop
 
-from bench.adding import Adding
+from bench.adder import Adding
 from bench.job import FIRST_PLAIN_TOKEN
 from bench.load import LoadFailed
 from engine.client import AsyncClient

@@ -19,7 +19,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from bench.adding import Adding
+from bench.adder import Adding
 from bench.arrival import Arrival, Streams, watch
 from bench.device import Device, find_device
 from bench.result import Figure, Result

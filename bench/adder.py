@@ -1,5 +1,5 @@
 """Adds to a dummy zoo at a moment of one's choice, in a process of its own that has imported
-everything by then: `python -m bench.adding DIR '<Recipe as JSON>'`, then a line on its input.
+everything by then: `python -m bench.adder DIR '<Recipe as JSON>'`, then a line on its input.
 
 `Adding` starts that process; what it costs the machine is what publishing a variant costs.
 """
@@ -36,7 +36,7 @@ class Adding:
         self.zoo = zoo
         self.name = missing(zoo, recipe)[0]
         words = [str(zoo.absolute()), msgspec.json.encode(recipe).decode()]
-        self._command = [sys.executable, "-m", "bench.adding", *words]
+        self._command = [sys.executable, "-m", "bench.adder", *words]
 
     def __enter__(self) -> Self:
         """Start the process."""
