@@ -2,13 +2,15 @@
 
 A tile is up to TILE_ROWS rows of one segment; each program finds its segment's matrices through
 pointers, so segments of any number and rank go in one launch. Sums have one order per row: the
-inputs are split into a fixed number of parts, each summed by one program, then added in turn.
+inputs are split into a fixed number of parts, each summed by one program, then added in turn. Ranks
+are taken BLOCK_R at a time: what a program holds does not grow with them.
 """
 
 import triton
 import triton.language as tl
 
 TILE_ROWS = 16
+BLOCK_RANK = 128
 
 
 @triton.jit(do_not_specialize=["num_tiles"])
@@ -21,6 +23,7 @@ def shrink(
     shrunk,
     num_tiles,
     RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -40,10 +43,10 @@ def shrink(
     rank = tl.load(ranks + segment)
     a = tl.load(pointers + segment * 2).to(tl.pointer_type(STORAGE))
     r = tl.arange(0, ROWS)
-    j = tl.arange(0, RANK)
+    j = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     k = tl.arange(0, BLOCK_K)
     length = tl.cdiv(tl.cdiv(width, PARTS), BLOCK_K) * BLOCK_K
-    acc = tl.zeros([ROWS, RANK], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_R], tl.float32)
     for start in range(part * length, tl.minimum(width, (part + 1) * length), BLOCK_K):
         at = start + k
         rows = tl.load(
@@ -72,6 +75,7 @@ def expand(
     scales,
     num_tiles,
     RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -89,18 +93,20 @@ def expand(
     scale = tl.load(scales + segment)
     b = tl.load(pointers + segment * 2 + 1).to(tl.pointer_type(STORAGE))
     r = tl.arange(0, ROWS)
-    j = tl.arange(0, RANK)
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-    low = tl.zeros([ROWS, RANK], tl.float32)
-    for part in range(PARTS):
-        place = (part * num_tiles + tile).to(tl.int64) * ROWS
-        low += tl.load(shrunk + (place + r)[:, None] * RANK + j[None, :])
-    high = tl.load(
-        b + o[:, None].to(tl.int64) * rank + j[None, :],
-        mask=(o < out_width)[:, None] & (j < rank)[None, :],
-        other=0.0,
-    )
-    added = tl.dot((low * scale).to(high.dtype), tl.trans(high), input_precision=PRECISION)
+    added = tl.zeros([ROWS, BLOCK_O], tl.float32)
+    for begin in range(0, RANK, BLOCK_R):
+        j = begin + tl.arange(0, BLOCK_R)
+        low = tl.zeros([ROWS, BLOCK_R], tl.float32)
+        for part in range(PARTS):
+            place = (part * num_tiles + tile).to(tl.int64) * ROWS
+            low += tl.load(shrunk + (place + r)[:, None] * RANK + j[None, :])
+        high = tl.load(
+            b + o[:, None].to(tl.int64) * rank + j[None, :],
+            mask=(o < out_width)[:, None] & (j < rank)[None, :],
+            other=0.0,
+        )
+        added += tl.dot((low * scale).to(high.dtype), tl.trans(high), input_precision=PRECISION)
     at = out + (first + r).to(tl.int64)[:, None] * out_width + o[None, :]
     mask = (r < count)[:, None] & (o < out_width)[None, :]
     tl.store(at, tl.load(at, mask=mask, other=0.0) + added, mask=mask)

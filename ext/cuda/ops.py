@@ -191,15 +191,17 @@ class CudaOps(PlainOps):
         width, out = x.shape[1], y.shape[1]
         x = x.contiguous()
         shape = (_SHRINK_PARTS, part.count, lora.TILE_ROWS, part.rank)
+        block_r = min(part.rank, lora.BLOCK_RANK)
         shrunk = torch.empty(shape, dtype=torch.float32, device=self.device)
         shared = {
             "RANK": part.rank,
+            "BLOCK_R": block_r,
             "PARTS": _SHRINK_PARTS,
             "ROWS": lora.TILE_ROWS,
             "STORAGE": _TYPES[part.dtype],
             "PRECISION": "ieee",
         }
-        _low_rank.shrink[(part.count, _SHRINK_PARTS)](
+        _low_rank.shrink[(part.count, _SHRINK_PARTS, part.rank // block_r)](
             x,
             width,
             part.tiles,

@@ -15,6 +15,8 @@ from ext.cuda import attention, lora, pointwise
 # The shape of Llama-3.1-8B: 32 heads on 8, 128 wide.
 HEAD = {"DIM": 128, "DIM_PAD": 128, "PAGE": 16}
 SHARED: dict[str, Any] = {"PARTS": 8, "ROWS": 16, "STORAGE": tl.bfloat16, "PRECISION": "ieee"}
+# What takes most: float32 pieces of deltas.
+LARGE_RANK = {"RANK": 1024, "BLOCK_R": lora.BLOCK_RANK, "STORAGE": tl.float32}
 TYPES = {
     "q_out": "*bf16", "cache": "*bf16", "tiles": "*i32", "ranks": "*i32", "blocks": "*i32",
     "tables": "*i32", "singles": "*i32", "slots": "*i32", "row_sequence": "*i32",
@@ -48,8 +50,10 @@ CASES: list[tuple[str, Any, dict[str, Any]]] = [
     ("attend to single rows", attention.attend, attend(16, 16, split=True)),
     ("attend to chunks", attention.attend, attend(64, 4, split=False)),
     ("combine", attention.combine, {"HEADS": 32, "DIM": 128, "DIM_PAD": 128, "out": "*bf16"}),
-    ("shrink", lora.shrink, SHARED | {"RANK": 64, "BLOCK_K": 64}),
-    ("expand", lora.expand, SHARED | {"RANK": 64, "BLOCK_O": 128}),
+    ("shrink", lora.shrink, SHARED | {"RANK": 64, "BLOCK_R": 64, "BLOCK_K": 64}),
+    ("shrink by large ranks", lora.shrink, SHARED | LARGE_RANK | {"BLOCK_K": 64}),
+    ("expand", lora.expand, SHARED | {"RANK": 64, "BLOCK_R": 64, "BLOCK_O": 128}),
+    ("expand by large ranks", lora.expand, SHARED | LARGE_RANK | {"BLOCK_O": 128}),
     ("activate", pointwise.activate, {"GATED": True, "KIND": 2, "BLOCK": 1024}),
     ("finish", pointwise.finish_rows, rows(slotted=True, add=True) | {"BLOCK": 1024}),
     ("finish plainly", pointwise.finish_rows, rows(slotted=False, add=False) | {"BLOCK": 1024}),
