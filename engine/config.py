@@ -54,6 +54,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ops: Annotated[str, Meta(description="kernels of the workers; auto: the fastest there are")] = (
         "auto"
     )
+    attention_backend: Annotated[
+        Literal["auto", "flashinfer", "triton"],
+        Meta(description="whose kernels attend on GPUs; auto: FlashInfer's where they can"),
+    ] = "auto"
     load_format: Annotated[
         Literal["auto", "dummy"],
         Meta(description="dummy: random weights of the variants' shapes, for benchmarks"),

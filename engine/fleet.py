@@ -184,6 +184,7 @@ class Fleet:
             zoo=str(self._zoo),
             device=slot.device,
             ops=config.ops,
+            attention=config.attention_backend,
             load_format=config.load_format,
             threads=config.threads,
             page=config.block_size,

@@ -4,7 +4,8 @@ Called by the worker at start; the choice is reported by `launch` and `status`.
 """
 
 import logging
-from typing import cast
+import re
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 
@@ -12,12 +13,27 @@ from ext.build import Unavailable
 from ext.ops import Dtype, Ops, Replays
 from ext.reference import TorchOps
 
+if TYPE_CHECKING:
+    from ext.cuda.flash import FlashAttention
+
 _log = logging.getLogger(__name__)
 
+# Whose kernels attend on CUDA; "auto": FlashInfer's where it is installed and has the shape.
+AttentionBackend = Literal["auto", "flashinfer", "triton"]
+# Versions of FlashInfer whose interface `ext.cuda.flash` was written to.
+FLASHINFER, FLASHINFER_AFTER = (0, 6, 14), (0, 7)
 
-def select_ops(device: str, wanted: str, threads: int, dtype: Dtype = "auto") -> Ops:
+
+def select_ops(
+    device: str,
+    wanted: str,
+    threads: int,
+    dtype: Dtype = "auto",
+    attention: AttentionBackend = "auto",
+) -> Ops:
     """Kernels for `device` ("cpu" or "cuda:N"): `wanted` "auto", "native" or "torch". `dtype`
     "auto" is exact: float32, on CUDA what the weights are. What cannot round stays exact.
+    `attention` is for CUDA alone.
 
     "auto" takes the native ones where they run and falls back to torch with a warning. Raises
     Unavailable where a device, or what was insisted on, is not to be had.
@@ -29,7 +45,9 @@ def select_ops(device: str, wanted: str, threads: int, dtype: Dtype = "auto") ->
             return TorchOps(device)
     if wanted != "torch":
         try:
-            return _cpu_ops(threads, dtype) if device == "cpu" else _cuda_ops(device, dtype)
+            if device == "cpu":
+                return _cpu_ops(threads, dtype)
+            return _cuda_ops(device, dtype, attention)
         except Unavailable as error:
             if wanted == "native":
                 raise
@@ -61,7 +79,7 @@ def _cpu_ops(threads: int, dtype: Dtype) -> Ops:
     return CpuOps(threads=threads, rounding=dtype == "bfloat16")
 
 
-def _cuda_ops(device: str, dtype: Dtype) -> Ops:
+def _cuda_ops(device: str, dtype: Dtype, attention: AttentionBackend) -> Ops:
     try:
         import triton
 
@@ -72,6 +90,36 @@ def _cuda_ops(device: str, dtype: Dtype) -> Ops:
         ) from error
     # Triton launches on the device that is current.
     torch.cuda.set_device(device)
+    flash = None if attention == "triton" else _flash(device, attention)
     name = torch.cuda.get_device_name(device)
     _log.info("kernels for %s: cuBLAS, Triton %s (%s)", device, triton.__version__, name)
-    return cast("Ops", CudaOps(device, dtype))
+    return cast("Ops", CudaOps(device, dtype, flash))
+
+
+def _flash(device: str, attention: AttentionBackend) -> "FlashAttention | None":
+    """FlashInfer, if there is one of a version that we know how to call."""
+    from ext.cuda.flash import FlashAttention
+
+    try:
+        import flashinfer  # pyright: ignore[reportMissingImports] - an extra
+
+        require_flashinfer(flashinfer.__version__)
+    except (ImportError, OSError, Unavailable) as error:
+        if attention == "flashinfer":
+            raise Unavailable(
+                f"FlashInfer cannot be used ({error}): install flashinfer-python, or use "
+                "--attention-backend triton"
+            ) from error
+        _log.info("attention on %s: Triton's kernels; no FlashInfer (%s)", device, error)
+        return None
+    version = flashinfer.__version__
+    _log.info("attention on %s: FlashInfer %s where it has the shape", device, version)
+    return FlashAttention(flashinfer, torch.device(device))
+
+
+def require_flashinfer(version: str) -> None:
+    """Raises Unavailable unless a version of FlashInfer has the interface that is called here."""
+    numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:3])
+    if not FLASHINFER <= numbers < FLASHINFER_AFTER:
+        known = ".".join(map(str, FLASHINFER))
+        raise Unavailable(f"version {version} is not {known} or a later one of that line")

@@ -49,7 +49,7 @@ def main(argument: str) -> int:
     try:
         config = _resolve(config)
         torch.set_num_threads(config.threads)
-        ops = select_ops(config.device, config.ops, config.threads, config.dtype)
+        ops = select_ops(config.device, config.ops, config.threads, config.dtype, config.attention)
     except (Unavailable, NoBudget) as error:
         _log.error("%s", error)
         return 1

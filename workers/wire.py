@@ -71,6 +71,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     zoo: str
     device: str = "cpu"
     ops: str = "auto"
+    attention: Literal["auto", "flashinfer", "triton"] = "auto"
     load_format: Literal["auto", "dummy"] = "auto"
     threads: int = 0
     page: int = 16

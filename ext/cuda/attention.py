@@ -264,3 +264,26 @@ def combine(
         best = higher
     at = (row * HEADS + head) * DIM
     tl.store(out + at + d, (acc / total).to(out.dtype.element_ty), mask=d < DIM)
+
+
+@triton.jit(do_not_specialize=["starts", "tables", "table_stride", "layer_stride", "capacity"])
+def list_pages(
+    tables,
+    table_stride,
+    layer_stride,
+    starts,
+    pages,
+    capacity,
+    BLOCK: tl.constexpr,
+):
+    """pages[layer, starts[i] + p] = tables[i, layer, p] for every page p that sequence i has;
+    `pages` holds `capacity` ids per layer."""
+    sequence = tl.program_id(0).to(tl.int64)
+    layer = tl.program_id(1).to(tl.int64)
+    first = tl.load(starts + sequence)
+    count = tl.load(starts + sequence + 1) - first
+    source = tables + sequence * table_stride + layer * layer_stride
+    target = pages + layer * capacity + first
+    for begin in range(0, count, BLOCK):
+        p = begin + tl.arange(0, BLOCK)
+        tl.store(target + p, tl.load(source + p, mask=p < count, other=0), mask=p < count)

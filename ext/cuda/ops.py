@@ -1,5 +1,5 @@
-"""CUDA operations behind the interface `ext.ops.Ops`: cuBLAS for the large products, Triton for the
-rest.
+"""CUDA operations behind the interface `ext.ops.Ops`: cuBLAS for the large products, FlashInfer for
+attention where it is to be had, Triton for the rest.
 
 Weights, KV and what products read keep the precision of the weights (bf16 for bf16 checkpoints);
 residuals, sums, scores and logits are float32. Nothing here waits for the device, so a step can be
@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ext.cuda import lora, paged, pointwise
+from ext.cuda.flash import FlashAttention, shape_of
 from ext.cuda.parcel import to_device
 from ext.cuda.patches import Round, Slots, prepare_norm, prepared
 from ext.cuda.plan import CudaPlan
@@ -57,12 +58,16 @@ class CudaRotary:
 
 class CudaOps(PlainOps):
     """See `ext.ops.Ops`. `device` is a CUDA device, or "cpu" under Triton's interpreter; `dtype` is
-    what weights become, "auto" or "bfloat16"."""
+    what weights become, "auto" or "bfloat16"; `flash` attends in place of our own kernels where it
+    has the shape."""
 
     name = "cuda"
 
-    def __init__(self, device: str = "cuda", dtype: Dtype = "auto") -> None:
+    def __init__(
+        self, device: str = "cuda", dtype: Dtype = "auto", flash: FlashAttention | None = None
+    ) -> None:
         super().__init__(device)
+        self._flash = flash
         self.dtype: Dtype = dtype
         self._staging = Staging(self.device) if self.device.type == "cuda" else None
         self._programs = 2 * _multiprocessors(self.device)
@@ -253,7 +258,10 @@ class CudaOps(PlainOps):
             return torch.empty(q.shape, dtype=at.cache.data.dtype, device=self.device)
         if (how.q_norm and how.q_norm.rows) or (how.k_norm and how.k_norm.rows):
             q, k, how = self._head_norms(q, k, how, at.cache.data.shape[4])
-        return paged.attend(paged.append(q, k, v, how, at), how, at, self._programs)
+        rows = paged.append(q, k, v, how, at)
+        if self._flash is not None and self._flash.serves(shape_of(rows, how, at)):
+            return self._flash.attend(rows, how, at)
+        return paged.attend(rows, how, at, self._programs)
 
     def _head_norms(
         self, q: Tensor, k: Tensor, how: Attention, dim: int

@@ -4,7 +4,9 @@ All of it lies in one int32 buffer, so it costs one copy, and none where a captu
 own plan: one of fixed size (`StaticPlan`), which takes in one decode batch after the other.
 """
 
+from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -76,9 +78,19 @@ class Parts:
     tables: Tensor
 
 
+class Follower(Protocol):
+    """Something prepared for a static plan, by whoever needs more than its parts."""
+
+    def take(self, plan: "CudaPlan") -> None:
+        """Prepare for the batch that the plan holds now."""
+        ...
+
+
 class CudaPlan:
     """A geometry, and its parts on the device once somebody wants them. `longest_known` is the
-    host's bound of the contexts of single rows; `chunks` are the sequences of several rows."""
+    host's bound of the contexts of single rows; `chunks` are the sequences of several rows. A plan
+    that `is_static` takes in batch after batch: `contexts` are those of its last, and whoever
+    prepared something of his own for it is given the next (`followers`)."""
 
     def __init__(
         self, geometry: Geometry, device: torch.device, parts: Parts | None = None
@@ -86,6 +98,9 @@ class CudaPlan:
         counts = np.diff(geometry.starts)
         alone = geometry.contexts[counts == 1]
         self.geometry = geometry
+        self.contexts = geometry.contexts
+        self.is_static = parts is not None
+        self.followers: dict[Hashable, Follower] = {}
         self.longest_known = int(alone.max()) if len(alone) else 0
         self.num_singles = len(alone)
         self.chunks = np.flatnonzero(counts > 1)
@@ -170,6 +185,9 @@ class StaticPlan:
             sent = layout.size
         source = staged(self._host[:sent], self._buffer.device)
         self._buffer[:sent].copy_(source, non_blocking=True)
+        self.plan.contexts = contexts
+        for follower in self.plan.followers.values():
+            follower.take(self.plan)
 
     def _has(self, geometry: Geometry) -> bool:
         count, layers, pages = geometry.tables.shape

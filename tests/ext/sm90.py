@@ -26,6 +26,7 @@ TYPES = {
 }  # fmt: skip
 NUMBERS = {
     "width", "num_tiles", "out_width", "count", "table_stride", "window", "num_rows", "spans",
+    "layer_stride", "capacity",
 }  # fmt: skip
 
 
@@ -49,6 +50,7 @@ CASES: list[tuple[str, Any, dict[str, Any]]] = [
     ("append with norms", attention.append, append(2)),
     ("attend to single rows", attention.attend, attend(16, 16, split=True)),
     ("attend to chunks", attention.attend, attend(64, 4, split=False)),
+    ("list pages", attention.list_pages, {"pages": "*i32", "starts": "*i32", "BLOCK": 64}),
     ("combine", attention.combine, {"HEADS": 32, "DIM": 128, "DIM_PAD": 128, "out": "*bf16"}),
     ("shrink", lora.shrink, SHARED | {"RANK": 64, "BLOCK_R": 64, "BLOCK_K": 64}),
     ("shrink by large ranks", lora.shrink, SHARED | LARGE_RANK | {"BLOCK_K": 64}),

@@ -190,6 +190,7 @@ def test_projects_with_every_attachment(kind: str | None, dtype: torch.dtype) ->
         lora(1, 20, 16, (outs[0], width), dtype),
         lora(5, 45, 33, (outs[0], width), torch.float32),
         lora(6, 8, 8, (outs[0], width), dtype),
+        lora(8, 12, 150, (outs[0], width), dtype),
     ]
     finishes = (Finish(1, 3, on(outs[0]), on(outs[0])), Finish(9, 30, on(outs[0]), None))
     found: list[list[Tensor]] = []

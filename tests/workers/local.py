@@ -33,9 +33,11 @@ def kernels(name: str, dtype: Dtype = "auto") -> Ops:
     """Those of a CPU by name; "cuda": a device's, in Triton's interpreter where there is none."""
     if name != "cuda":
         return select_ops("cpu", name, 2, dtype)
+    if torch.cuda.is_available():
+        return select_ops("cuda:0", "native", 0, dtype)
     from ext.cuda.ops import CudaOps
 
-    return CudaOps("cuda" if torch.cuda.is_available() else "cpu", dtype)
+    return CudaOps("cpu", dtype)
 
 
 class LocalWorker:
