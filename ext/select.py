@@ -11,6 +11,7 @@ import torch
 
 from ext.build import Unavailable
 from ext.ops import Dtype, Ops, Replays
+from ext.parking import Parking
 from ext.reference import TorchOps
 
 if TYPE_CHECKING:
@@ -62,6 +63,16 @@ def select_replays(ops: Ops) -> Replays | None:
     from ext.cuda.graphs import Graphs
 
     return Graphs(ops.device)
+
+
+def select_parking(ops: Ops, limit_bytes: int) -> Parking | None:
+    """Host memory for weights that leave these kernels' device; None where they lie in host memory
+    anyway, or have none left to themselves."""
+    if ops.name != "cuda" or limit_bytes <= 0:
+        return None
+    from ext.cuda.parked import Parked
+
+    return Parked(limit_bytes, ops.device)
 
 
 def require_cuda() -> None:

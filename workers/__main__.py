@@ -20,7 +20,7 @@ import zmq
 from ext.build import Unavailable
 from ext.select import require_cuda, select_ops
 from workers import wire
-from workers.budget import NoBudget, Shares, share
+from workers.budget import NoBudget, Shares, parked, share
 from workers.gauge import Gauge
 from workers.worker import Worker
 from zoo.errors import ZooError
@@ -119,9 +119,9 @@ def _resolve(config: wire.WorkerConfig) -> wire.WorkerConfig:
     threads = config.threads or len(os.sched_getaffinity(0))
     if config.device == "cpu":
         kv_bytes = config.kv_bytes or min(4 << 30, psutil.virtual_memory().available // 4)
-        shares = Shares(kv_bytes, config.weight_bytes)
+        shares, parked_bytes = Shares(kv_bytes, config.weight_bytes), 0
     else:
-        shares = _shares(config)
+        shares, parked_bytes = _shares(config)
     # A CPU is saturated by few rows; more would only hold up the streams that decode beside them.
     max_rows = config.max_rows or (256 if config.device == "cpu" else 2048)
     return msgspec.structs.replace(
@@ -129,12 +129,14 @@ def _resolve(config: wire.WorkerConfig) -> wire.WorkerConfig:
         threads=threads,
         kv_bytes=shares.kv_bytes,
         weight_bytes=shares.weight_bytes,
+        parked_bytes=parked_bytes,
         max_rows=max_rows,
     )
 
 
-def _shares(config: wire.WorkerConfig) -> Shares:
-    """Memory of a GPU, what others hold of it taken off. Raises Unavailable, NoBudget."""
+def _shares(config: wire.WorkerConfig) -> tuple[Shares, int]:
+    """Memory of a GPU, what others hold of it taken off, and bytes of the host for weights that do
+    not fit. Raises Unavailable, NoBudget."""
     require_cuda()
     free, total = torch.cuda.mem_get_info(config.device)
     budget = int(total * config.memory_utilization) - (total - free) - _WORKSPACE_BYTES
@@ -142,7 +144,9 @@ def _shares(config: wire.WorkerConfig) -> Shares:
         known = weigh(Path(config.zoo))
     except ZooError:
         known = 0  # Every chain that is loaded will say what is wrong with the zoo.
-    return share(budget, known, config.kv_bytes, config.weight_bytes)
+    shares = share(budget, known, config.kv_bytes, config.weight_bytes)
+    available = psutil.virtual_memory().available
+    return shares, parked(known, shares.weight_bytes, available, torch.cuda.device_count())
 
 
 if __name__ == "__main__":

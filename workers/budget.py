@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 # Weights take at most this share of a budget: without pages nothing runs.
 _MOST_WEIGHTS = 3 / 4
+# Of the host memory that a worker finds free, this share may hold weights that left its device.
+_PARKED = 1 / 4
 # Of what the weights that are known leave, this share waits for variants that are added later.
 _FOR_LATER = 1 / 8
 
@@ -38,3 +40,12 @@ def share(budget: int, known: int, kv_bytes: int = 0, weight_bytes: int = 0) -> 
             "asked for: raise --gpu-memory-utilization or lower the sizes given"
         )
     return Shares(kv_bytes, weight_bytes)
+
+
+def parked(known: int, weight_bytes: int, available: int, workers: int = 1) -> int:
+    """Host bytes for weights that give way to others on the device: none where all that are known
+    fit into `weight_bytes`; else as many as they are, within one of `workers`' part of the memory
+    that is `available`."""
+    if known <= weight_bytes:
+        return 0
+    return min(known, int(available * _PARKED) // max(1, workers))

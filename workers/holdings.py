@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import psutil
 
 from ext.ops import Ops
+from ext.parking import Parking
 from workers.chains import UnservableChain
 from workers.wire import KvDtype, Precision
 from zoo.manifest import ObjectDigest
@@ -41,7 +42,8 @@ class _Held:
 class Holdings:
     """Weights on one device in the form of `ops`, up to `limit_bytes` (0: no limit); those of
     linear layers are kept in `precision`. `kv_dtype` is what pages of their chains hold: "auto" is
-    what the kernels multiply, "auto" still where that is what a chain's weights are."""
+    what the kernels multiply, "auto" still where that is what a chain's weights are. `parking` has
+    copies of what left and is to come back."""
 
     def __init__(
         self,
@@ -49,11 +51,13 @@ class Holdings:
         limit_bytes: int = 0,
         precision: Precision = "exact",
         kv_dtype: KvDtype | Literal["auto"] = "auto",
+        parking: Parking | None = None,
     ) -> None:
         self.ops = ops
         self.precision: Precision = precision
         self.kv_dtype: KvDtype | Literal["auto"] = ops.dtype if kv_dtype == "auto" else kv_dtype
         self._limit = limit_bytes
+        self._parking = parking
         self._held: dict[Hashable, _Held] = {}
         self.resident_bytes = 0
 
@@ -67,15 +71,27 @@ class Holdings:
         held.users += 1
         return held.value
 
-    def release(self, keys: list[Hashable]) -> None:
-        """One user less for each key; what nobody uses any more is freed, with its parts."""
+    @property
+    def recalled(self) -> int:
+        """How many weights came back from where they were parked."""
+        return self._parking.recalled if self._parking else 0
+
+    def recall(self, key: Hashable) -> Resident | None:
+        """What was parked under that key, resident again; None: it has to be made."""
+        return self._parking.recall(key) if self._parking else None
+
+    def release(self, keys: list[Hashable], *, park: bool = False) -> None:
+        """One user less for each key; what nobody uses any more is freed, with its parts, and
+        parked if it is to come back."""
         for key in keys:
             held = self._held[key]
             held.users -= 1
             if held.users == 0:
                 del self._held[key]
                 self.resident_bytes -= held.nbytes
-                self.release(held.parts)
+                if park and self._parking is not None:
+                    self._parking.park(key, held.value)
+                self.release(held.parts, park=park)
 
     def bytes_of(self, keys: list[Hashable]) -> int:
         """Bytes of the distinct things under `keys`, parts included."""

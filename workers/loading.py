@@ -246,10 +246,11 @@ class _Loading:
         """A resident weight, shared by every unit that has this tensor."""
 
         def make() -> Made:
-            matrix = self._matrix(Form(digest, transposed))
+            matrix = self._holdings.recall(key) or self._matrix(Form(digest, transposed))
             return matrix, matrix.nbytes, []
 
-        return self._part(("matrix", digest, transposed), make)
+        key = ("matrix", digest, transposed)
+        return self._part(key, make)
 
     def _matrix(self, form: Form) -> Matrix:
         info = self._info(form.digest)

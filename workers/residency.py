@@ -68,6 +68,11 @@ class Residency:
         """Bytes of all weights held."""
         return self._holdings.resident_bytes
 
+    @property
+    def recalled(self) -> int:
+        """Weights that came back from where they were parked, without their files."""
+        return self._holdings.recalled
+
     def load(self, order: Load) -> None:
         """Make a chain resident; a LoadedChain or LoadFailure will follow."""
         self._pending += 1
@@ -119,7 +124,8 @@ class Residency:
         # Nothing that still runs may read memory that the next load takes.
         self._ops.synchronize()
         before = self._holdings.resident_bytes
-        self._holdings.release(self._chains.pop(chain, []))
+        with self._ops.loading():
+            self._holdings.release(self._chains.pop(chain, []), park=parked)
         return Eviction(chain, before - self._holdings.resident_bytes, parked)
 
     def _manifests(self, order: Load) -> Manifests:

@@ -63,7 +63,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     on a GPU `memory_utilization` is the share of its memory for both together.
     `max_rows` is the token budget of one wave (decode rows first, the rest prefill); 0: what suits
     the device. `dtype` "auto" is exact, `kv_dtype` "auto" is what layers multiply. `load_format`
-    "dummy" makes weights up.
+    "dummy" makes weights up. `parked_bytes` of host memory hold weights that left a GPU.
     """
 
     name: str
@@ -80,6 +80,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kv_dtype: KvDtype | Literal["auto"] = "auto"
     weights: Precision = "exact"
     weight_bytes: int = 0
+    parked_bytes: int = 0
     memory_utilization: float = 0.9
     max_sequences: int = 256
     max_rows: int = 0

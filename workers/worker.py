@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from ext.ops import Ops
-from ext.select import select_replays
+from ext.select import select_parking, select_replays
 from workers import wire
 from workers.batcher import Group, Step, arrange, decide
 from workers.chains import Chains, ServedChain
@@ -71,7 +71,8 @@ class Worker:
         self._requests = Requests(self._memory, self._cache, use_prefixes=config.prefix_cache)
         self._chains = Chains(config.max_rows)
         self._runner = Runner(ops, self._memory, self._requests, select_replays(ops))
-        holdings = Holdings(ops, config.weight_bytes, config.weights, config.kv_dtype)
+        parking = select_parking(ops, config.parked_bytes)
+        holdings = Holdings(ops, config.weight_bytes, config.weights, config.kv_dtype, parking)
         self._kv_dtype: wire.KvDtype | Literal["auto"] = holdings.kv_dtype
         self._residency = Residency(Path(config.zoo), holdings, config.load_format)
         self._provision = Provision(self._chains, self._runner, self._residency, send)
@@ -333,6 +334,7 @@ class Worker:
                 "shared_pages": requests.shared_pages,
                 "evicted_pages": self._cache.evicted_pages,
                 "parked_chains": self._provision.parked_times,
+                "recalled_weights": self._residency.recalled,
                 **self._runner.replays,
             },
             seconds={

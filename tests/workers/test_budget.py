@@ -2,7 +2,7 @@
 
 import pytest
 
-from workers.budget import NoBudget, Shares, share
+from workers.budget import NoBudget, Shares, parked, share
 
 GIB = 1 << 30
 
@@ -29,3 +29,18 @@ def test_divides_eighty_gibibytes(known: int, kv: int, weights: int, expected: S
 def test_too_little_is_refused_with_what_to_do(budget: int, kv: int) -> None:
     with pytest.raises(NoBudget, match="raise --gpu-memory-utilization"):
         share(budget, GIB, kv)
+
+
+@pytest.mark.parametrize(
+    ("known", "weights", "workers", "expected"),
+    [
+        pytest.param(60, 60, 1, 0, id="what fits never leaves"),
+        pytest.param(61, 60, 1, 61, id="all that is known, where there is memory"),
+        pytest.param(900, 60, 1, 100, id="a quarter of the machine's at most"),
+        pytest.param(900, 60, 8, 12, id="which all its workers share"),
+    ],
+)
+def test_weights_that_do_not_fit_get_host_memory(
+    known: int, weights: int, workers: int, expected: int
+) -> None:
+    assert parked(known, weights, 400, workers) == expected

@@ -126,6 +126,34 @@ def test_every_family_gives_transformers_tokens_in_float32(tmp_path: Path, kind:
     assert worker.status.counters["replayed_steps"] > 0
 
 
+def test_parked_weights_come_back_without_their_files(tmp_path: Path) -> None:
+    made = Family(tmp_path, "llama")
+    for name in ("first", "second"):
+        made.tune(name, ["layers.3."], seed=len(name))
+    free = LocalWorker(made.zoo, "cuda", kv_bytes=8 << 20)
+    free.load("first")
+    worker = LocalWorker(
+        made.zoo,
+        "cuda",
+        kv_bytes=8 << 20,
+        weight_bytes=free.status.resident_bytes,
+        parked_bytes=64 << 20,
+    )
+    worker.load("first", "second")
+    asked = []
+    for turn, name in enumerate(["first", "second", "first"]):
+        given = prompt(3, turn)
+        asked.append((name, given, worker.open(name, given, max_tokens=2)))
+        while worker.worker.has_work or worker.worker.is_loading:
+            worker.worker.collect()
+            worker.step()
+    assert_own_tokens(made, asked)
+    counters = worker.status.counters
+    assert counters["parked_chains"] >= 3
+    # At least the seven matrices of its own layer, each time that one of them comes back.
+    assert counters["recalled_weights"] >= 7 * (counters["parked_chains"] - 1)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text"])
 def test_bfloat16_is_as_near_to_float32_as_transformers_is(tmp_path: Path, kind: str) -> None:
