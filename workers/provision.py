@@ -36,11 +36,13 @@ class Provision:
         runner: Runner,
         residency: Residency,
         send: Callable[[wire.Report], None],
+        warm_up: Callable[[ServedChain], None],
     ) -> None:
         self._chains = chains
         self._runner = runner
         self._residency = residency
         self._send = send
+        self._warm_up = warm_up
         self._orders: dict[ChainId, wire.Load] = {}
         self._parked: set[ChainId] = set()
         self._blocked: set[ChainId] = set()
@@ -120,6 +122,7 @@ class Provision:
             return []
         self._chains.add(loaded.chain)
         self._runner.add(loaded)
+        self._warm_up(loaded.chain)
         if number in self._parked:
             self._parked.discard(number)
         else:

@@ -31,6 +31,7 @@ from workers.requests import Request, Requests, laid_out
 from workers.residency import Eviction, LoadFailure, Residency
 from workers.runner import Logits, Runner
 from workers.sampler import Sampler, logprobs_of
+from workers.warmup import warm_up
 
 _log = logging.getLogger(__name__)
 Send = Callable[[wire.Report], None]
@@ -75,7 +76,9 @@ class Worker:
         holdings = Holdings(ops, config.weight_bytes, config.weights, config.kv_dtype, parking)
         self._kv_dtype: wire.KvDtype | Literal["auto"] = holdings.kv_dtype
         self._residency = Residency(Path(config.zoo), holdings, config.load_format)
-        self._provision = Provision(self._chains, self._runner, self._residency, send)
+        self._provision = Provision(
+            self._chains, self._runner, self._residency, send, self._warm_up
+        )
         self._sampler = Sampler(ops.argmax)
         self._opened: dict[wire.RequestId, wire.Open] = {}
         self._turns: dict[Group, int] = {}
@@ -217,6 +220,11 @@ class Worker:
                         self._fail(chain, prompt.request, reason)
                 case Eviction():
                     self._provision.gone(outcome)
+
+    def _warm_up(self, chain: ServedChain) -> None:
+        """Where kernels are compiled when they first run, that is not to be a request's."""
+        if self._ops.device.type == "cuda":
+            warm_up(self._runner, self._memory, chain)
 
     # ---- one wave -------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from tests import builders
 from tests.workers.family_zoo import MLP, Family, everything, wrong_tokens
 from tests.workers.hand_made import Base, Tuned
 from tests.workers.local import Answer, LocalWorker
+from workers.warmup import warm_up
 from zoo.adding.add import AddOptions, add
 from zoo.progress import Quiet
 
@@ -152,6 +153,26 @@ def test_parked_weights_come_back_without_their_files(tmp_path: Path) -> None:
     assert counters["parked_chains"] >= 3
     # At least the seven matrices of its own layer, each time that one of them comes back.
     assert counters["recalled_weights"] >= 7 * (counters["parked_chains"] - 1)
+
+
+def test_a_chain_that_is_warmed_up_lets_no_request_wait_for_a_capture(family: Family) -> None:
+    worker = LocalWorker(family.zoo, "cuda", max_rows=64)
+    worker.load("qv")
+    inner = worker.worker
+    (chain,) = inner._chains
+    pages = inner._runner._arena.clone()
+    free = inner._memory.usage()
+    warm_up(inner._runner, inner._memory, chain)
+    captured = worker.status.counters["captured_steps"]
+    assert captured > 0
+    assert inner._memory.usage() == free
+    spare = len(pages) - inner._memory.arena.slab_bytes
+    assert torch.equal(inner._runner._arena[:spare], pages[:spare])
+    given = prompt(3, 1)
+    answer = worker.open("qv", given, max_tokens=3)
+    worker.run()
+    assert_own_tokens(family, [("qv", given, answer)])
+    assert worker.status.counters["captured_steps"] == captured
 
 
 @pytest.mark.gpu
