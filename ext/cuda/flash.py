@@ -133,6 +133,7 @@ class FlashAttention:
         self._compiled: dict[tuple[int, torch.dtype, bool], bool] = {}
         self._seats: dict[tuple[Shape, bool], _Seat] = {}
         self._workspace = torch.zeros(0, dtype=torch.uint8, device=device)
+        self._listed = pagelists.room(1, 0, device)
 
     def serves(self, shape: Shape) -> bool:
         """Whether the library has kernels for a shape; the first call for one may compile them."""
@@ -178,7 +179,7 @@ class FlashAttention:
         seat = plan.followers.get(shape)
         if not isinstance(seat, _Seat):
             sequences, layers, pages = plan.parts.tables.shape
-            fixed = pagelists.room(layers, sequences * pages, self._device)
+            fixed = self._lists(layers, sequences * pages)
             workspace = self._room(shape, sequences)
             wrapper = self._library.BatchDecodeWithPagedKVCacheWrapper(
                 workspace,
@@ -205,6 +206,12 @@ class FlashAttention:
         if wanted > len(self._workspace):
             self._workspace = torch.zeros(wanted, dtype=torch.uint8, device=self._device)
         return self._workspace
+
+    def _lists(self, layers: int, pages: int) -> Tensor:
+        """One memory for the lists of all captured steps: each fills it before it runs."""
+        if layers * pages > self._listed.numel():
+            self._listed = pagelists.room(1, layers * pages, self._device)
+        return self._listed.view(-1)[: layers * pages].view(layers, pages)
 
     def _works(self, shape: Shape) -> bool:
         """Whether kernels for a shape are compiled and run: tried once on a few rows."""

@@ -62,6 +62,10 @@ class _Captured:
                 next(places)[: len(array)] = array
         self._parcel.send()
 
+    def forget(self) -> None:
+        """Let go of the attachments that were loaded last."""
+        self._loaded = None
+
     def run(self, step: Step) -> None:
         """The step itself, launch by launch."""
         step(self.x, self.plan.plan, self.patches)
@@ -137,6 +141,9 @@ class Graphs:
         """See `ext.ops.Replays.retain`."""
         for key in [key for key in self._kept if not keeps(key.units)]:
             del self._kept[key]
+        for captured in self._kept.values():
+            # An adapter that goes must not be held by a step of the base that it was last upon.
+            captured.forget()
 
     def _keep(self, key: _Key, captured: _Captured) -> None:
         self.counts.captured += 1

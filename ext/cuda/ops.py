@@ -156,6 +156,7 @@ class CudaOps(PlainOps):
         if len(x) == 0:
             return
         slots = self._norm_slots(norm, len(x), each) if norm.rows else None
+        padded = 1 << (x.shape[1] - 1).bit_length()
         bias = norm.bias
         _pointwise.norm_rows[(len(x),)](
             x,
@@ -171,7 +172,8 @@ class CudaOps(PlainOps):
             LAYER=norm.kind == "layer",
             SLOTTED=slots is not None,
             ADD=add,
-            WIDTH_PAD=1 << (x.shape[1] - 1).bit_length(),
+            WIDTH_PAD=padded,
+            num_warps=min(16, max(4, padded // 512)),
         )
 
     def _norm_slots(self, norm: Norm, rows: int, each: int) -> Slots:

@@ -37,7 +37,8 @@ class Parcel:
 
     def send(self) -> None:
         """Copy what is inside to the device; the host does not wait for it."""
-        self._buffer.copy_(staged(self._host, self._buffer.device), non_blocking=True)
+        if len(self._host):
+            self._buffer.copy_(staged(self._host, self._buffer.device), non_blocking=True)
 
 
 def staged(array: np.ndarray, device: torch.device) -> Tensor:

@@ -2,6 +2,9 @@
 
 Without a device a captured step is run again instead of replayed, over the same fixed memory."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -101,6 +104,21 @@ def test_captured_with_one_attachment_replays_with_many() -> None:
         assert_replays(graphs, layer, contexts, kept)
     assert_replays(graphs, layer, [3, 40, 100], adapters([(0, 3, 17)]))
     assert len(graphs) == 2
+
+
+def test_an_adapter_that_goes_is_not_held_by_the_step_it_was_last_upon() -> None:
+    graphs, layer = Graphs(OPS.device), Layer()
+    worn = adapters([(0, 2, 4)])
+    assert_replays(graphs, layer, [5, 6], worn)
+    factor = weakref.ref(worn[0].segments[0].a)
+    del worn
+    assert factor() is not None
+    graphs.retain(lambda units: True)
+    gc.collect()
+    assert factor() is None
+    assert len(graphs) == 1
+    assert_replays(graphs, layer, [5, 6], adapters([(0, 1, 3)]))
+    assert len(graphs) == 1
 
 
 def test_the_least_used_capture_leaves_and_too_large_a_batch_is_left_alone() -> None:
