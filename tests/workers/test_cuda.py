@@ -1,7 +1,10 @@
 """Chains on the CUDA kernels: on a device where there is one, else in Triton's interpreter, where a
 captured step is run again instead of replayed."""
 
+import importlib.util
+import logging
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -190,6 +193,54 @@ def test_bfloat16_is_as_near_to_float32_as_transformers_is(tmp_path: Path, kind:
     exact, theirs = (scores(checkpoint, given, d) for d in (torch.float32, torch.bfloat16))
     assert (ours - exact).abs().max() < BOUND
     assert (ours - exact).norm() <= 1.5 * (theirs - exact).norm()
+
+
+@pytest.mark.gpu
+def test_bfloat16_chooses_as_well_as_transformers_does(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    record_property: Callable[[str, object], None],
+) -> None:
+    checkpoint = builders.tiny_llama(tmp_path / "half", hidden_size=256, dtype=torch.bfloat16)
+    add(tmp_path / "zoo", "base", str(checkpoint), AddOptions(), Quiet())
+    with caplog.at_level(logging.INFO):
+        worker = LocalWorker(tmp_path / "zoo", "cuda")
+        worker.load("base")
+    if importlib.util.find_spec("flashinfer"):
+        assert "4 heads on 2, 64 wide, bfloat16: FlashInfer" in caplog.text
+    prompts = [prompt(3 + i % 40, i) for i in range(200)]
+    answers = [worker.open("base", given, max_tokens=1) for given in prompts]
+    worker.run()
+    ours = [answer.tokens[0] for answer in answers]
+    exact = nexts(checkpoint, prompts, torch.float32)
+    theirs = nexts(checkpoint, prompts, torch.bfloat16).argmax(1)
+    record_property("agrees with transformers", int((theirs == torch.tensor(ours)).sum()))
+    best = exact.argmax(1)
+    right = int((best == torch.tensor(ours)).sum())
+    assert right >= int((best == theirs).sum()) - 10
+    lost = exact.max(1).values - exact[torch.arange(len(ours)), torch.tensor(ours)]
+    assert float(lost.max()) < 2 * BOUND
+
+
+def nexts(checkpoint: Path, prompts: list[list[int]], dtype: torch.dtype) -> torch.Tensor:
+    """Logits that transformers gives after each prompt, on the device."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).cuda().eval()
+    with torch.no_grad():
+        rows = [model(torch.tensor([given], device="cuda")).logits[0, -1] for given in prompts]
+    return torch.stack(rows).float().cpu()
+
+
+@pytest.mark.gpu
+def test_a_chain_is_captured_before_it_is_ready(family: Family) -> None:
+    worker = LocalWorker(family.zoo, "cuda")
+    worker.load("base")
+    captured = worker.status.counters["captured_steps"]
+    assert captured > 0
+    given = prompt(9, 1)
+    answer = worker.open("base", given, max_tokens=4)
+    worker.run()
+    assert_own_tokens(family, [("base", given, answer)])
+    assert worker.status.counters["captured_steps"] == captured
 
 
 def scores(checkpoint: Path, given: list[int], dtype: torch.dtype) -> torch.Tensor:

@@ -14,6 +14,8 @@ import torch
 from workers.links.link import Inlet, Offer, Outlet
 from workers.links.slots import Incoming, Outgoing
 
+PATIENCE_S = 60.0
+
 
 def outlet_of(kind: str, slots: int, slot_bytes: int) -> Outlet:
     if kind == "ipc":
@@ -48,10 +50,22 @@ def say(message: Any) -> None:
     sys.stdout.flush()
 
 
+def ends_of(offer: Offer, read: Callable[[], str]) -> tuple[Inlet, Outlet]:
+    """The inlet of an offer, and an outlet of the same kind; NCCL's have a second name."""
+    if offer.kind == "nccl":
+        from workers.links.nccl import NcclInlet, NcclOutlet
+
+        back = unpacked(json.loads(read()))
+        device = torch.cuda.device_count() - 1
+        inlet = NcclInlet(offer, device, PATIENCE_S)
+        name = back.memory
+        return inlet, NcclOutlet(offer.slots, offer.slot_bytes, device, name, PATIENCE_S)
+    return inlet_of(offer), outlet_of(offer.kind, offer.slots, offer.slot_bytes)
+
+
 def serve(read: Callable[[], str]) -> None:
     offer = unpacked(json.loads(read()))
-    inlet = inlet_of(offer)
-    outlet = outlet_of(offer.kind, offer.slots, offer.slot_bytes)
+    inlet, outlet = ends_of(offer, read)
     say(packed(outlet.offer))
     going, coming = Outgoing(offer.slots), Incoming(offer.slots)
     while line := read():

@@ -1,18 +1,20 @@
 """Links between two processes: every byte arrives, in order, and a peer's end is noticed."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.workers.links.echo import inlet_of, outlet_of, packed, unpacked
+from tests.workers.links.echo import PATIENCE_S, inlet_of, outlet_of, packed, unpacked
 from workers.links.host import HostInlet, HostOutlet
-from workers.links.link import LinkBroken
+from workers.links.link import Inlet, LinkBroken, LinkTimeout, Offer, Outlet
 from workers.links.slots import Incoming, Outgoing
 
 ROOT = Path(__file__).parents[3]
@@ -23,20 +25,42 @@ KINDS = ["host", pytest.param("ipc", marks=pytest.mark.gpu)]
 class Peer:
     """An echoing process and this side's two ends."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, **environment: str) -> None:
         self.kind = kind
-        self.device = "cuda" if kind == "ipc" else "cpu"
-        self.outlet = outlet_of(kind, SLOTS, SLOT_BYTES)
+        self.device = "cpu" if kind == "host" else "cuda"
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.workers.links.echo"],
             cwd=ROOT,
+            env={**os.environ, **environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.say(packed(self.outlet.offer))
-        self.inlet = inlet_of(unpacked(self.hear()))
+        self.outlet, self.inlet = self.nccl() if kind == "nccl" else self.slotted()
         self.going, self.coming = Outgoing(SLOTS), Incoming(SLOTS)
+
+    def slotted(self) -> tuple[Outlet, Inlet]:
+        """Ends of which each opens the other's slots."""
+        outlet = outlet_of(self.kind, SLOTS, SLOT_BYTES)
+        self.say(packed(outlet.offer))
+        return outlet, inlet_of(unpacked(self.hear()))
+
+    def nccl(self) -> tuple[Outlet, Inlet]:
+        """Two pairs of ranks, one for each direction; both sides make one after the other."""
+        from workers.links.nccl import NcclInlet, NcclOutlet, new_name
+
+        there, back = (Offer("nccl", SLOTS, SLOT_BYTES, memory=new_name()) for _ in range(2))
+        self.say(packed(there))
+        self.say(packed(back))
+        try:
+            outlet = NcclOutlet(SLOTS, SLOT_BYTES, 0, there.memory, PATIENCE_S)
+            inlet = NcclInlet(back, 0, PATIENCE_S)
+            self.hear()
+        except LinkBroken:
+            self.process.kill()
+            self.close()
+            raise
+        return outlet, inlet
 
     def say(self, message: object) -> None:
         assert self.process.stdin is not None
@@ -139,6 +163,37 @@ def test_an_offer_of_a_process_that_ended_is_refused() -> None:
     outlet.close()
     with pytest.raises(LinkBroken, match="are gone"):
         HostInlet(offer)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(200)
+def test_two_nccl_ranks_exchange_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")
+    monkeypatch.setenv("NCCL_IB_DISABLE", "1")
+    try:
+        # A host of its own: NCCL refuses two ranks of one host on one device.
+        peer = Peer("nccl", NCCL_HOSTID="another")
+    except LinkBroken as error:
+        if torch.cuda.device_count() > 1:
+            raise
+        pytest.skip(f"one device takes no two ranks: {error}")
+    for number in range(50):
+        rows = torch.full((1 + number % 5, 64), float(number), device="cuda")
+        peer.send(rows)
+        assert torch.equal(peer.receive(), rows + 1)
+    peer.inlet.close()
+    peer.outlet.close()
+    peer.close()
+
+
+@pytest.mark.gpu
+def test_a_nccl_pair_whose_other_rank_never_comes_ends_at_its_deadline() -> None:
+    from workers.links.nccl import NcclOutlet, new_name
+
+    began = time.monotonic()
+    with pytest.raises(LinkTimeout, match="did not connect within 2 s"):
+        NcclOutlet(SLOTS, SLOT_BYTES, 0, new_name(), 2.0)
+    assert time.monotonic() - began < 10
 
 
 @pytest.mark.gpu
