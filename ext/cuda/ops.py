@@ -10,7 +10,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from ext.cuda import lora, paged, pointwise
 from ext.cuda.flash import FlashAttention, shape_of
+from ext.cuda.launches import Kernels
 from ext.cuda.parcel import to_device
 from ext.cuda.patches import Round, Slots, prepare_norm, prepared
 from ext.cuda.plan import CudaPlan
@@ -37,9 +37,8 @@ from ext.ops import (
 from ext.plain import DenseMatrix, PlainOps
 from ext.quantize import Quantized
 
-# Triton's kernels take what a launch gives them; their signatures say nothing of it.
-_low_rank: Any = lora
-_pointwise: Any = pointwise
+_low_rank = Kernels(lora)
+_pointwise = Kernels(pointwise)
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu": 1, "gelu_tanh": 2}

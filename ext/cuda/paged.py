@@ -1,16 +1,14 @@
 """Launches of the attention kernels: block shapes, splits of long contexts, scratch memory."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ext.cuda import attention
+from ext.cuda.launches import Kernels
 from ext.cuda.plan import BLOCK_KEYS, Blocks, CudaPlan
 from ext.ops import Attention, Norm, Place
 
-# Triton's kernels take what a launch gives them; their signatures say nothing of it.
-_kernels: Any = attention
+_kernels = Kernels(attention)
 
 _NORMS = {"rms": 1, "layer": 2}
 # Rows of a tile of queries: tensor cores want 16 at least, chunks of prompts fill 64.

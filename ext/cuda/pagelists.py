@@ -4,18 +4,16 @@ Where each sequence's begin and how full its last page is follows from the conte
 the ids are gathered on the device, where the page tables are."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ext.cuda import attention
+from ext.cuda.launches import Kernels
 from ext.cuda.parcel import to_device
 
-# Triton's kernels take what a launch gives them; their signatures say nothing of it.
-_kernels: Any = attention
-
+_kernels = Kernels(attention)
 _BLOCK = 64
 
 
