@@ -258,6 +258,8 @@ class Worker:
                 self._absorb(steps, logits)
         except (RuntimeError, MemoryError) as error:
             _log.exception("a wave of %d steps failed", len(steps))
+            # Raises where the device itself is lost: this worker ends, another takes its requests.
+            self._ops.synchronize()
             self._abandon(steps, f"the worker could not compute it: {error}")
         return True
 

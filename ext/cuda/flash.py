@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ext.cuda import pagelists
+from ext.cuda.parcel import staged
 from ext.cuda.plan import CudaPlan
 from ext.ops import Attention, Cache, Geometry, Place
 
@@ -90,10 +91,10 @@ class _Seat:
             # The copy of what was planned before may still read the wrapper's host memory.
             self.sent.synchronize()
         lists = (
-            torch.from_numpy(bound.starts),
+            staged(bound.starts, tables.device),
             # A captured step's lists are in place already.
             self.pages[0] if self.fixed is None else self.pages[0, :0],
-            torch.from_numpy(bound.last),
+            staged(bound.last, tables.device),
         )
         sizes = (shape.heads, shape.kv_heads, shape.dim, shape.page)
         asked = {
@@ -103,7 +104,7 @@ class _Seat:
             "kv_data_type": shape.dtype,
         }
         if len(plan.chunks):
-            starts = torch.from_numpy(plan.geometry.starts)
+            starts = staged(plan.geometry.starts, tables.device)
             self.wrapper.plan(starts, *lists, *sizes, causal=True, **asked)
         else:
             self.wrapper.plan(*lists, *sizes, **asked)

@@ -213,4 +213,4 @@ def _pack(geometry: Geometry) -> np.ndarray:
     blocks = np.stack((single, rows, np.ones_like(single), contexts[single] - 1), 1)
     longest = contexts[single].max() if len(single) else 0
     parts = ([longest], sequences, positions, rows, blocks.ravel(), geometry.tables.ravel())
-    return np.concatenate(parts).astype(np.int32)
+    return np.concatenate(parts, dtype=np.int32, casting="same_kind")

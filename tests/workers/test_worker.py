@@ -257,3 +257,26 @@ def test_a_chain_that_is_evicted_while_it_loads_leaves_nothing(crowd):
     worker.worker.take(wire.Evict(3))
     settle(worker)
     assert (worker.status.chains, worker.status.resident_bytes) == (0, 0)
+
+
+def test_a_wave_that_fails_is_told_but_a_lost_device_ends_the_worker(crowd, monkeypatch):
+    worker = LocalWorker(crowd.zoo, "torch", kv_bytes=8 << 20)
+    worker.load("base")
+    ops = worker.worker._ops
+
+    def lost(*_: object) -> None:
+        raise RuntimeError("unspecified launch failure")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(ops, "plan", lost)
+        refused = worker.open("base", [5], max_tokens=2)
+        worker.run()
+        assert "unspecified launch failure" in refused.failed
+        broken.setattr(ops, "synchronize", lost)
+        kept = worker.open("base", [5], max_tokens=2)
+        with pytest.raises(RuntimeError, match="unspecified launch failure"):
+            worker.run()
+        worker.absorb()
+        assert not kept.failed
+    worker.run()
+    assert len(kept.tokens) == 2
