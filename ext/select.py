@@ -34,7 +34,7 @@ def select_ops(
 ) -> Ops:
     """Kernels for `device` ("cpu" or "cuda:N"): `wanted` "auto", "native" or "torch". `dtype`
     "auto" is exact: float32, on CUDA what the weights are. What cannot round stays exact.
-    `attention` is for CUDA alone.
+    `attention` is for CUDA alone; "flashinfer" insists.
 
     "auto" takes the native ones where they run and falls back to torch with a warning. Raises
     Unavailable where a device, or what was insisted on, is not to be had.
@@ -50,7 +50,7 @@ def select_ops(
                 return _cpu_ops(threads, dtype)
             return _cuda_ops(device, dtype, attention)
         except Unavailable as error:
-            if wanted == "native":
+            if wanted == "native" or attention == "flashinfer":
                 raise
             _log.warning("native kernels for %s are not used: %s", device, error)
     return TorchOps(device)
@@ -115,7 +115,7 @@ def _flash(device: str, attention: AttentionBackend) -> "FlashAttention | None":
         import flashinfer  # pyright: ignore[reportMissingImports] - an extra
 
         require_flashinfer(flashinfer.__version__)
-    except (ImportError, OSError, Unavailable) as error:
+    except Exception as error:  # noqa: BLE001 - whatever the import of a library raises
         if attention == "flashinfer":
             raise Unavailable(
                 f"FlashInfer cannot be used ({error}): install flashinfer-python, or use "
