@@ -31,8 +31,8 @@ _IDLE_MS, _LOADING_MS = 200, 2
 # A step makes hundreds of calls that give up the interpreter's lock, and may wait that long to have
 # it back from the loader's threads.
 _SWITCH_S = 0.0005
-# Of a GPU's memory, for activations and captured steps.
-_WORKSPACE_BYTES = 1 << 30
+# Of a GPU's memory, for activations, captured steps and what attention keeps of split contexts.
+_WORKSPACE_BYTES = 5 << 28
 
 
 def main(argument: str) -> int:

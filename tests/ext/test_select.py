@@ -46,3 +46,15 @@ def test_a_gpu_has_its_own_kernels_or_torch_without_triton(
     assert "pip install triton" in caplog.text
     with pytest.raises(Unavailable, match="pip install triton"):
         select_ops("cuda:0", "native", 1)
+
+
+@pytest.mark.gpu
+def test_without_flashinfer_our_own_kernels_attend_unless_it_is_insisted_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "flashinfer", None)
+    with caplog.at_level("INFO"):
+        assert select_ops("cuda:0", "auto", 1).name == "cuda"
+    assert "attention on cuda:0: Triton's kernels; no FlashInfer" in caplog.text
+    with pytest.raises(Unavailable, match="install flashinfer-python, or use --attention-backend"):
+        select_ops("cuda:0", "auto", 1, attention="flashinfer")
