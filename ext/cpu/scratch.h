@@ -24,12 +24,14 @@ enum Use {
   kInner,
   // attention
   kQueries,
-  kQueryRows,
   kKeys,
   kHead,
   kTurned,
+  kKeyTiles,
   kScores,
+  kWeights,
   kPartial,
+  kSpanResult,
   kState,
   // candidates of top-k
   kChosen,

@@ -51,7 +51,7 @@ void fetch(const Keys<T>& keys, int64_t first, int64_t last, int64_t bytes) {
 
 // Scores of Q queries at four positions.
 template <class T, int Q>
-void score_tile(const float* const* query, const Keys<T>& keys, int64_t first, float* scores) {
+void score_tile(const float* query, const Keys<T>& keys, int64_t first, float* scores) {
   const auto* const* at = keys.at + first;
   Vec total[Q][4];
   for (int q = 0; q < Q; ++q)
@@ -59,7 +59,7 @@ void score_tile(const float* const* query, const Keys<T>& keys, int64_t first, f
   int64_t d = 0;
   for (; d + kLanes <= keys.dim; d += kLanes) {
     Vec x[Q];
-    for (int q = 0; q < Q; ++q) x[q] = load(query[q] + d);
+    for (int q = 0; q < Q; ++q) x[q] = load(query + q * keys.dim + d);
     for (int j = 0; j < 4; ++j) {
       const Vec key = T::row(at[j] + d);
       for (int q = 0; q < Q; ++q) total[q][j] = fma(x[q], key, total[q][j]);
@@ -69,20 +69,22 @@ void score_tile(const float* const* query, const Keys<T>& keys, int64_t first, f
     float* to = scores + q * kSpan + first;
     _mm_storeu_ps(to, sums(total[q][0], total[q][1], total[q][2], total[q][3]));
     for (int64_t t = d; t < keys.dim; ++t)
-      for (int j = 0; j < 4; ++j) to[j] += query[q][t] * T::value(at[j][t]);
+      for (int j = 0; j < 4; ++j) to[j] += query[q * keys.dim + t] * T::value(at[j][t]);
   }
 }
 
 // scores[i][j] = <query i, key j>
 template <class T>
-void score(const float* const* query, int64_t queries, const Keys<T>& keys, int64_t fetched,
+void score(const float* query, int64_t queries, const Keys<T>& keys, int64_t fetched,
            float* scores) {
   fetch(keys, 0, kFetchAhead, fetched);
   for (int64_t j = 0; j < keys.count; j += 4) {
     fetch(keys, j + kFetchAhead, j + kFetchAhead + 4, fetched);
     int64_t i = 0;
-    for (; i + 3 <= queries; i += 3) score_tile<T, 3>(query + i, keys, j, scores + i * kSpan);
-    for (; i < queries; ++i) score_tile<T, 1>(query + i, keys, j, scores + i * kSpan);
+    for (; i + 3 <= queries; i += 3)
+      score_tile<T, 3>(query + i * keys.dim, keys, j, scores + i * kSpan);
+    for (; i < queries; ++i)
+      score_tile<T, 1>(query + i * keys.dim, keys, j, scores + i * kSpan);
   }
 }
 

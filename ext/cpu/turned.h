@@ -53,10 +53,11 @@ template <int Q>
   return all;
 }
 
-// The chain of one lane: elements lane, lane + kLanes, ... below `whole`.
+// The chain of one lane: elements lane, lane + kLanes, ... of whole vectors.
 template <int Q>
-[[gnu::always_inline]] inline Scores<Q> chain(const float* const* query, const float* turned,
-                                              int64_t lane, int64_t whole) {
+[[gnu::always_inline]] inline Scores<Q> chain(const float* query, const float* turned,
+                                              int64_t lane, int64_t dim) {
+  const int64_t whole = dim / kLanes * kLanes;
   Scores<Q> total;
 #pragma GCC unroll 4
   for (int q = 0; q < Q; ++q)
@@ -70,7 +71,7 @@ template <int Q>
       key[p] = load(turned + d * kTurnedPositions + p * kLanes);
 #pragma GCC unroll 4
     for (int q = 0; q < Q; ++q) {
-      const Vec x = fill(query[q][d]);
+      const Vec x = fill(query[q * dim + d]);
 #pragma GCC unroll 2
       for (int p = 0; p < kTurnedVectors; ++p) total.at[q][p] = fma(x, key[p], total.at[q][p]);
     }
@@ -81,29 +82,29 @@ template <int Q>
 // The sum of `Count` of eight leaves from `leaf` on, two by two; a leaf is what `fold` leaves of
 // the lanes.
 template <int Q, int Count>
-[[gnu::always_inline]] inline Scores<Q> tree(const float* const* query, const float* turned,
-                                             int64_t leaf, int64_t whole) {
+[[gnu::always_inline]] inline Scores<Q> tree(const float* query, const float* turned,
+                                             int64_t leaf, int64_t dim) {
   if constexpr (Count > 1) {
-    const Scores<Q> first = tree<Q, Count / 2>(query, turned, leaf, whole);
-    return first + tree<Q, Count / 2>(query, turned, leaf + Count / 2, whole);
+    const Scores<Q> first = tree<Q, Count / 2>(query, turned, leaf, dim);
+    return first + tree<Q, Count / 2>(query, turned, leaf + Count / 2, dim);
   } else if constexpr (kLanes == 16) {
-    const Scores<Q> low = chain<Q>(query, turned, leaf, whole);
-    return low + chain<Q>(query, turned, leaf + 8, whole);
+    const Scores<Q> low = chain<Q>(query, turned, leaf, dim);
+    return low + chain<Q>(query, turned, leaf + 8, dim);
   } else {
-    return chain<Q>(query, turned, leaf, whole);
+    return chain<Q>(query, turned, leaf, dim);
   }
 }
 
 template <int Q>
-void score_turned_tile(const float* const* query, const float* turned, int64_t dim, float* scores) {
+void score_turned_tile(const float* query, const float* turned, int64_t dim, float* scores) {
   const int64_t whole = dim / kLanes * kLanes;
-  Scores<Q> total = tree<Q, 8>(query, turned, 0, whole);
+  Scores<Q> total = tree<Q, 8>(query, turned, 0, dim);
   for (int q = 0; q < Q; ++q) {
     for (int p = 0; p < kTurnedVectors; ++p) {
       Vec score = total.at[q][p];
       for (int64_t d = whole; d < dim; ++d) {
         const Vec key = load(turned + d * kTurnedPositions + p * kLanes);
-        score = add(score, mul(fill(query[q][d]), key));
+        score = add(score, mul(fill(query[q * dim + d]), key));
       }
       store(scores + q * kSpan + p * kLanes, score);
     }
@@ -112,7 +113,7 @@ void score_turned_tile(const float* const* query, const float* turned, int64_t d
 
 // scores[i][j] = <query i, key j>; of further positions of whole tiles, anything.
 template <class T>
-void score_turned(const float* const* query, int64_t queries, const Keys<T>& keys, int64_t fetched,
+void score_turned(const float* query, int64_t queries, const Keys<T>& keys, int64_t fetched,
                   float* scores) {
   float* turned = scratch<kTurned>(keys.dim * kSpan);
   turn(keys, fetched, turned);
@@ -120,9 +121,9 @@ void score_turned(const float* const* query, int64_t queries, const Keys<T>& key
     const float* tile = turned + j * keys.dim;
     int64_t i = 0;
     for (; i + 3 <= queries; i += 3)
-      score_turned_tile<3>(query + i, tile, keys.dim, scores + i * kSpan + j);
+      score_turned_tile<3>(query + i * keys.dim, tile, keys.dim, scores + i * kSpan + j);
     for (; i < queries; ++i)
-      score_turned_tile<1>(query + i, tile, keys.dim, scores + i * kSpan + j);
+      score_turned_tile<1>(query + i * keys.dim, tile, keys.dim, scores + i * kSpan + j);
   }
 }
 

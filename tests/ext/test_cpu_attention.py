@@ -1,4 +1,5 @@
-"""Native attention over pages against plain torch; bounds as in test_cpu_linear."""
+"""Native attention over pages against plain torch, with bounds as in test_cpu_linear; where it
+rounds to bfloat16, against float64."""
 
 from dataclasses import dataclass, replace
 
@@ -22,6 +23,12 @@ REFERENCE = TorchOps()
 def ops(request: pytest.FixtureRequest) -> CpuOps:
     torch.manual_seed(0)
     return CpuOps(threads=2, isa=request.param)
+
+
+@pytest.fixture(scope="module", params=supported())
+def rounding(request: pytest.FixtureRequest) -> CpuOps:
+    torch.manual_seed(0)
+    return CpuOps(threads=2, isa=request.param, rounding=True)
 
 
 @dataclass(frozen=True)
@@ -207,18 +214,15 @@ def pages(
     return Cache(data, page)
 
 
-@pytest.mark.parametrize(
-    ("window", "dtype"), [(None, torch.float32), (50, torch.float32), (None, torch.bfloat16)]
-)
-def test_a_row_has_the_same_bits_in_prefill_decode_and_any_batch(
-    ops: CpuOps, window: int | None, dtype: torch.dtype
+def assert_same_bits(
+    ops: CpuOps, alone: CpuOps, shape: Shape, window: int | None, dtype: torch.dtype
 ) -> None:
-    shape = Shape(6, 2, 40, layers=1)
+    """A row's bits depend neither on how its prompt is cut nor on the batch nor on threads."""
+    heads = (shape.heads, shape.kv_heads, shape.kv_heads)
     place = geometry([300, 300, 300], [300, 300, 300], shape)
-    qkv = [torch.randn(900, heads * 40) for heads in (6, 2, 2)]
-    cache = pages(ops, place.tables.size, 16, 2, 40, dtype)
+    qkv = [torch.randn(900, count * shape.dim) for count in heads]
+    cache = pages(ops, place.tables.size, shape.page, shape.kv_heads, shape.dim, dtype)
     whole = attend(ops, qkv, place, cache, window)
-    alone = CpuOps(threads=1, isa=ops.isa)
     for row in (0, 7, 8, 127, 128, 200, 299):
         one = Geometry(np.array([0, 1], "i4"), np.array([row + 1], "i4"), place.tables[1:2])
         rows = [t[300 + row : 301 + row] for t in qkv]
@@ -227,6 +231,81 @@ def test_a_row_has_the_same_bits_in_prefill_decode_and_any_batch(
     chunk = Geometry(np.array([0, 90], "i4"), np.array([250], "i4"), place.tables[2:])
     rows = [t[760:850] for t in qkv]
     assert torch.equal(attend(ops, rows, chunk, cache, window), whole[760:850])
+
+
+@pytest.mark.parametrize(
+    ("window", "dtype"), [(None, torch.float32), (50, torch.float32), (None, torch.bfloat16)]
+)
+def test_a_row_has_the_same_bits_in_prefill_decode_and_any_batch(
+    ops: CpuOps, window: int | None, dtype: torch.dtype
+) -> None:
+    alone = CpuOps(threads=1, isa=ops.isa)
+    assert_same_bits(ops, alone, Shape(6, 2, 40, layers=1), window, dtype)
+
+
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("shape", [Shape(9, 3, 64), Shape(4, 2, 40, page=5)], ids=str)
+def test_a_row_has_the_same_bits_wherever_it_is_rounded(
+    rounding: CpuOps, shape: Shape, window: int | None
+) -> None:
+    alone = CpuOps(threads=1, isa=rounding.isa, rounding=True)
+    assert_same_bits(rounding, alone, replace(shape, layers=1), window, torch.bfloat16)
+
+
+def exact_attention(
+    q: Tensor, place: Geometry, cache: Cache, scale: float, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """Attention of queries already scaled over what pages hold, in float64, and the same of the
+    values' sizes: [rows, heads, dim]."""
+    out, sizes = torch.zeros((2, *q.shape), dtype=torch.float64)
+    rows = iter(range(len(q)))
+    for i, context in enumerate(place.contexts):
+        held = cache.data[torch.from_numpy(place.tables[i, 0].astype("i8"))].double()
+        k, v = held.transpose(0, 1).flatten(1, 2).repeat_interleave(q.shape[1] // held.shape[3], 2)
+        for position in range(context - place.starts[i + 1] + place.starts[i], context):
+            row, low = next(rows), max(0, position + 1 - (window or context))
+            seen = slice(low, position + 1)
+            weights = torch.einsum("hd,phd->hp", q[row].double() * scale, k[seen]).softmax(1)
+            out[row] = torch.einsum("hp,phd->hd", weights, v[seen])
+            sizes[row] = torch.einsum("hp,phd->hd", weights, v[seen].abs())
+    return out, sizes
+
+
+@pytest.mark.parametrize("window", [None, 3, 140])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rounds_queries_and_weights_alone(
+    rounding: CpuOps, shape: Shape, window: int | None
+) -> None:
+    shape = replace(shape, layers=1)
+    place = geometry([1, 5, 40, 1, 33], [400, 5, 40, 17, 300], shape)
+    q = torch.randn(place.num_rows, shape.heads * shape.dim)
+    k, v = torch.randn(2, place.num_rows, shape.kv_heads * shape.dim)
+    cache = Cache(filled_cache(place, shape).data.bfloat16(), shape.page)
+    how = Attention(0.5, window=window)
+    got = rounding.attend(q, k, v, how, Place(cache, 0, rounding.plan(place)))
+    if rounding.isa != "amx":
+        plain = CpuOps(threads=2, isa=rounding.isa)
+        expected = plain.attend(q, k, v, how, Place(cache, 0, plain.plan(place)))
+        assert torch.equal(got, expected)
+        return
+    heads = q.view(place.num_rows, shape.heads, shape.dim)
+    expected, sizes = exact_attention(heads.bfloat16(), place, cache, 0.5, window)
+    # Half a step of bfloat16 for each weight, in the sum of the values and in what divides it.
+    error = (got.view(heads.shape) - expected).abs()
+    assert torch.all(error <= 2**-8 * sizes + 1e-5)
+    unrounded, _ = exact_attention(heads, place, cache, 0.5, window)
+    assert (got.view(heads.shape) - unrounded).norm() > 1e-4 * expected.norm()
+
+
+def test_does_not_round_what_float32_pages_hold(rounding: CpuOps) -> None:
+    shape = Shape(9, 3, 64, layers=1)
+    place = geometry([1, 40], [300, 170], shape)
+    qkv = [torch.randn(41, heads * 64) for heads in (9, 3, 3)]
+    cache = filled_cache(place, shape)
+    plain = CpuOps(threads=2, isa=rounding.isa)
+    assert torch.equal(
+        attend(rounding, qkv, place, cache, None), attend(plain, qkv, place, cache, None)
+    )
 
 
 def test_cache_memory_is_committed_as_written(ops: CpuOps) -> None:

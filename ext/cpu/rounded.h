@@ -1,0 +1,158 @@
+// Attention of one block and kv head by AMX, with queries and softmax weights rounded to bfloat16:
+// a way of attend.cpp. Queries lie in stripes of 16, which are computed two by two.
+#pragma once
+#include "attention.h"
+#include "stripe.h"
+
+namespace blockllm {
+
+#if defined(__AMX_BF16__)
+
+struct Rounded {
+  const Attention<BFloat16> a;
+
+  int64_t width() const { return steps_of(a.call.dim) * kDepth; }
+  // Floats of the queries of a block and head, ready, and of a partial result.
+  int64_t query_floats(int64_t queries) const {
+    return ceil_div(queries, kHeight) * kHeight * width() / 2;
+  }
+  int64_t floats(int64_t queries) const {
+    return ceil_div(queries, kHeight) * Stripe::floats(width());
+  }
+
+  void prepare(const Reach& reach, int64_t head, float* to) const {
+    const int64_t queries = a.queries_of(reach), dim = a.call.dim;
+    auto* packed = reinterpret_cast<uint16_t*>(to);
+    float* ready = scratch<kHead>(kHeight * dim);
+    for (int64_t i = 0; i < queries; i += kHeight, packed += kHeight * width()) {
+      const int64_t count = std::min(kHeight, queries - i);
+      for (int64_t j = 0; j < count; ++j) a.prepare_query(reach, head, i + j, ready + j * dim);
+      pack_stripe(ready, count, dim, packed);
+    }
+  }
+
+  // The partial result of a piece.
+  void attend(const Piece& piece, const float* query, float* out) const {
+    each_pair(piece, query, [&](const Span& span, auto stripes, int64_t stripe) {
+      attend_stripes<decltype(stripes)::value>(span, out + stripe * Stripe::floats(width()));
+    });
+  }
+
+  // The same, folded into the state of the spans before it.
+  void go_on(const Piece& piece, const float* query, float* state) const {
+    const int64_t floats = Stripe::floats(width());
+    float* result = scratch<kSpanResult>(2 * floats);
+    each_pair(piece, query, [&](const Span& span, auto stripes, int64_t stripe) {
+      constexpr int64_t kStripes = decltype(stripes)::value;
+      attend_stripes<kStripes>(span, result);
+      fold(result, kStripes * kHeight, state + stripe * floats);
+    });
+  }
+
+  void fold(float* span, int64_t queries, float* state) const {
+    const int64_t floats = Stripe::floats(width());
+    for (int64_t i = 0; i < ceil_div(queries, kHeight); ++i)
+      fold_stripe(Stripe(span + i * floats), width(), Stripe(state + i * floats));
+  }
+
+  void write(const Reach& reach, int64_t head, float* state) const {
+    const int64_t queries = a.queries_of(reach);
+    for (int64_t i = 0; i < queries; i += kHeight, state += Stripe::floats(width())) {
+      float* to[kHeight];
+      const int64_t count = std::min(kHeight, queries - i);
+      for (int64_t j = 0; j < count; ++j) to[j] = a.call.out + a.place(reach, head, i + j);
+      write_stripe(Stripe(state), count, a.call.dim, to);
+    }
+  }
+
+ private:
+  // What the stripes of a piece share, and two of them (or the last one) see.
+  struct Span {
+    KeyTiles keys;
+    const uint16_t* values;  // turned
+    const uint16_t* queries;
+    Sight sights[2];
+  };
+
+  // Calls body for every two stripes.
+  template <class Body>
+  void each_pair(const Piece& piece, const float* query, const Body& body) const {
+    const Keys<BFloat16> keys = a.keys(piece.reach, piece.head, piece.span);
+    const int64_t begin = piece.span * kSpan, queries = a.queries_of(piece.reach);
+    const int64_t low = std::max<int64_t>(0, a.lowest(piece.reach.first) - begin) / kDepth;
+    auto* turned = scratch<kTurned, uint16_t>(width() * kSpan);
+    // Many queries wait for no memory: they keep the core busy, and their context in its cache.
+    const int64_t fetched = queries > kHeight ? 0 : piece.fetched_heads * a.call.dim * 2;
+    turn_values(keys, low, fetched, turned);
+    Span span{key_tiles(keys), turned, reinterpret_cast<const uint16_t*>(query), {}};
+    const TileRegisters registers(kHeight, kHeight);
+    for (int64_t i = 0; i < queries; i += 2 * kHeight) {
+      span.sights[0] = sight(piece.reach, begin, i);
+      if (i + kHeight < queries) {
+        span.sights[1] = sight(piece.reach, begin, i + kHeight);
+        body(span, std::integral_constant<int, 2>(), i / kHeight);
+      } else {
+        body(span, std::integral_constant<int, 1>(), i / kHeight);
+      }
+      span.queries += 2 * kHeight * width();
+    }
+  }
+
+  // Where a page holds whole tiles, they are read in place.
+  KeyTiles key_tiles(const Keys<BFloat16>& keys) const {
+    const bool in_place = a.call.page % kHeight == 0 && keys.dim == width();
+    KeyTiles tiles;
+    tiles.stride = 2 * (in_place ? a.call.kv_heads * keys.dim : width());
+    auto* copies = in_place ? nullptr : scratch<kKeyTiles, uint16_t>(kSpan * width());
+    for (int64_t j = 0; !in_place && j < keys.count; ++j) {
+      for (int64_t d = 0; d < keys.dim; d += kDepth) {
+        const __m512i x = _mm512_maskz_loadu_epi16(some_words(keys.dim - d), keys.at[j] + d);
+        _mm512_store_si512(copies + j * width() + d, x);
+      }
+    }
+    for (int64_t j = 0; j < kSpan; j += kHeight) {
+      const int64_t at = j < keys.count ? j : (keys.count - 1) / kHeight * kHeight;
+      tiles.at[j / kHeight] = in_place ? keys.at[at] : copies + at * width();
+    }
+    return tiles;
+  }
+
+  // What the stripe from `query` on sees of the span from `begin` on.
+  Sight sight(const Reach& reach, int64_t begin, int64_t query) const {
+    const int64_t last = a.queries_of(reach) - 1;
+    Sight sight;
+    for (int64_t i = 0; i < kHeight; ++i) {
+      const int64_t row = a.row_of(reach, std::min(last, query + i));
+      sight.low[i] = static_cast<int32_t>(a.lowest(row) - begin);
+      sight.high[i] = static_cast<int32_t>(a.position(row) + 1 - begin);
+    }
+    sight.all_low = sight.low[kHeight - 1];
+    sight.all_high = sight.high[0];
+    return sight;
+  }
+
+  template <int S>
+  void attend_stripes(const Span& span, float* out) const {
+    const Sight* sights = span.sights;
+    const int64_t seen = std::clamp<int64_t>(sights[S - 1].high[kHeight - 1], 0, kSpan);
+    const int64_t first = std::max<int64_t>(0, sights[0].low[0]) / kDepth;
+    const int64_t last = ceil_div(seen, kDepth), begins = first * kDepth, ends = last * kDepth;
+    float* scores = scratch<kScores>(2 * kSpan * kHeight);
+    auto* weights = scratch<kWeights, uint16_t>(2 * kSpan * kHeight);
+    score_tiles<S>(span.keys, 2 * first, 2 * last, span.queries, steps_of(a.call.dim), scores);
+    for (int s = 0; s < S; ++s) {
+      float* own = scores + s * kSpan * kHeight;
+      hide(sights[s], begins, std::min(ends, sights[s].all_low), own);
+      hide(sights[s], std::max(begins, sights[s].all_high), ends, own);
+      soften_stripe(own, first, last, weights + s * kSpan * kHeight,
+                    Stripe(out + s * Stripe::floats(width())));
+    }
+    float* values = Stripe(out).values;
+    weigh_tiles<S>(span.values, width(), weights, first, last, values,
+                   values + Stripe::floats(width()));
+  }
+};
+
+#endif
+
+}  // namespace blockllm
