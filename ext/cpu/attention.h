@@ -62,7 +62,7 @@ struct Attention {
   Keys<T> keys(const Reach& r, int64_t head, int64_t span) const {
     const int64_t begin = span * kSpan, count = std::min(kSpan, position(r.last - 1) + 1 - begin);
     const int32_t* of = pages(r.first);
-    auto** at = scratch<kKeys, const Element*>(kSpan + 4);
+    auto** at = scratch<kKeys, const Element*>(kSpan);
     int64_t done = 0;
     while (done < count) {  // page by page
       const Element* next = key(of, begin + done, head);
@@ -72,8 +72,16 @@ struct Attention {
         next += call.kv_heads * call.dim;
       }
     }
-    for (int64_t i = count; i < count + 4; ++i) at[i] = at[count - 1];  // whole quads
+    for (int64_t i = count; i % kLanes != 0; ++i) at[i] = at[count - 1];
     return {at, count, call.dim, page_size()};
+  }
+
+  // What a block's queries see of a span.
+  Seen seen(const Reach& r, int64_t span) const {
+    const int64_t begin = span * kSpan, first = position(r.first) + 1 - begin;
+    const int64_t none = std::numeric_limits<int32_t>::min();
+    const int64_t low = call.window > 0 ? first - call.window : none;
+    return {low, first, group, std::min(kSpan, position(r.last - 1) + 1 - begin)};
   }
 
   // A query of a block, normalized, rotated and scaled.

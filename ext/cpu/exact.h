@@ -1,4 +1,4 @@
-// Attention of one block and kv head in float32, span by span: a way of attend.cpp.
+// Attention of one block and kv head in float32: a way of attend.cpp.
 #pragma once
 #include "attention.h"
 #include "turned.h"
@@ -22,22 +22,21 @@ struct Exact {
   void attend(const Piece& piece, const float* query, float* to) const {
     const Reach& reach = piece.reach;
     const Keys<T> keys = a.keys(reach, piece.head, piece.span);
-    const int64_t queries = a.queries_of(reach), begin = piece.span * kSpan;
+    const Seen seen = a.seen(reach, piece.span);
+    const int64_t queries = a.queries_of(reach);
     const Partial out(to, queries);
     float* scores = scratch<kScores>(queries * kSpan);
     const int64_t bytes = piece.fetched_heads * a.call.dim * sizeof(typename T::Element);
     if (queries < kQueriesToTurn) {
       score(query, queries, keys, bytes, scores);
     } else {
-      score_turned(query, queries, keys, bytes, scores);
+      score_turned(query, queries, keys, seen, bytes, scores);
     }
     for (int64_t i = 0; i < queries; ++i) {
-      const int64_t row = a.row_of(reach, i);
-      const int64_t low = std::max<int64_t>(0, a.lowest(row) - begin);
-      const int64_t high = std::min(keys.count, a.position(row) + 1 - begin);
-      soften(scores + i * kSpan, low, high, keys.count, out.maximum[i], out.sum[i]);
+      float* own = scores + i * kSpan;
+      soften(own, seen.begin(i), seen.end(i), keys.count, out.maximum[i], out.sum[i]);
     }
-    weigh(scores, queries, keys, out.values);
+    weigh(scores, queries, keys, seen, out.values);
   }
 
   // The same, folded into the state of the spans before it.

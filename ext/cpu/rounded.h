@@ -78,8 +78,8 @@ struct Rounded {
   template <class Body>
   void each_pair(const Piece& piece, const float* query, const Body& body) const {
     const Keys<BFloat16> keys = a.keys(piece.reach, piece.head, piece.span);
-    const int64_t begin = piece.span * kSpan, queries = a.queries_of(piece.reach);
-    const int64_t low = std::max<int64_t>(0, a.lowest(piece.reach.first) - begin) / kDepth;
+    const Seen seen = a.seen(piece.reach, piece.span);
+    const int64_t queries = a.queries_of(piece.reach), low = seen.begin(0) / kDepth;
     auto* turned = scratch<kTurned, uint16_t>(width() * kSpan);
     // Many queries wait for no memory: they keep the core busy, and their context in its cache.
     const int64_t fetched = queries > kHeight ? 0 : piece.fetched_heads * a.call.dim * 2;
@@ -87,9 +87,9 @@ struct Rounded {
     Span span{key_tiles(keys), turned, reinterpret_cast<const uint16_t*>(query), {}};
     const TileRegisters registers(kHeight, kHeight);
     for (int64_t i = 0; i < queries; i += 2 * kHeight) {
-      span.sights[0] = sight(piece.reach, begin, i);
+      span.sights[0] = sight(seen, i, queries);
       if (i + kHeight < queries) {
-        span.sights[1] = sight(piece.reach, begin, i + kHeight);
+        span.sights[1] = sight(seen, i + kHeight, queries);
         body(span, std::integral_constant<int, 2>(), i / kHeight);
       } else {
         body(span, std::integral_constant<int, 1>(), i / kHeight);
@@ -117,14 +117,13 @@ struct Rounded {
     return tiles;
   }
 
-  // What the stripe from `query` on sees of the span from `begin` on.
-  Sight sight(const Reach& reach, int64_t begin, int64_t query) const {
-    const int64_t last = a.queries_of(reach) - 1;
+  // What the stripe from `query` on sees; its places behind the last query see what that one does.
+  static Sight sight(const Seen& seen, int64_t query, int64_t queries) {
     Sight sight;
     for (int64_t i = 0; i < kHeight; ++i) {
-      const int64_t row = a.row_of(reach, std::min(last, query + i));
-      sight.low[i] = static_cast<int32_t>(a.lowest(row) - begin);
-      sight.high[i] = static_cast<int32_t>(a.position(row) + 1 - begin);
+      const int64_t rows = std::min(queries - 1, query + i) / seen.group;
+      sight.low[i] = static_cast<int32_t>(seen.low + rows);
+      sight.high[i] = static_cast<int32_t>(seen.high + rows);
     }
     sight.all_low = sight.low[kHeight - 1];
     sight.all_high = sight.high[0];

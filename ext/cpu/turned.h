@@ -5,36 +5,60 @@
 // and chains are added as `sums` adds lanes.
 #pragma once
 #include "span.h"
+#include "words.h"
 
 namespace blockllm {
 
 // From so many queries on, turning pays.
 constexpr int64_t kQueriesToTurn = 12;
 constexpr int kTurnedVectors = kLanes == 16 ? 2 : 1;
+constexpr int64_t kKeysAtOnce = kLanes == 16 ? 16 : 4;
 constexpr int64_t kTurnedPositions = kTurnedVectors * kLanes;
+
+// Turns the elements [d, dim) of four keys.
+template <class T>
+void turn_quad(const typename T::Element* const* at, int64_t d, int64_t dim, float* turned) {
+  for (; d + 4 <= dim; d += 4) {
+    __m128 a = T::four(at[0] + d), b = T::four(at[1] + d);
+    __m128 c = T::four(at[2] + d), e = T::four(at[3] + d);
+    _MM_TRANSPOSE4_PS(a, b, c, e);
+    float* to = turned + d * kTurnedPositions;
+    _mm_storeu_ps(to, a);
+    _mm_storeu_ps(to + kTurnedPositions, b);
+    _mm_storeu_ps(to + 2 * kTurnedPositions, c);
+    _mm_storeu_ps(to + 3 * kTurnedPositions, e);
+  }
+  for (; d < dim; ++d)
+    for (int i = 0; i < 4; ++i) turned[d * kTurnedPositions + i] = T::value(at[i][d]);
+}
+
+// Turns the first elements of 16 keys, in squares; returns how many.
+template <class T>
+int64_t turn_squares(const typename T::Element* const* at, int64_t dim, float* turned) {
+  int64_t d = 0;
+#if defined(__AVX512F__)
+  for (; d + 16 <= dim; d += 16) {
+    __m512i x[16];
+    for (int i = 0; i < 16; ++i) x[i] = _mm512_castps_si512(T::row(at[i] + d));
+    turn_words(x);
+    for (int i = 0; i < 16; ++i)
+      store(turned + (d + i) * kTurnedPositions, _mm512_castsi512_ps(x[i]));
+  }
+#endif
+  return d;
+}
 
 // turned[tile][d][j] = element d of the tile's key j, tiles of kTurnedPositions.
 template <class T>
 void turn(const Keys<T>& keys, int64_t fetched, float* turned) {
-  fetch(keys, 0, kFetchAhead, fetched);
-  for (int64_t j = 0; j < keys.count; j += 4) {
-    fetch(keys, j + kFetchAhead, j + kFetchAhead + 4, fetched);
-    const auto* const* at = keys.at + j;
+  fetch(keys, 0, kKeysAtOnce, fetched);
+  for (int64_t j = 0; j < keys.count; j += kKeysAtOnce) {
+    fetch(keys, j + kKeysAtOnce, j + 2 * kKeysAtOnce, fetched);
     const int64_t within = j % kTurnedPositions;
     float* tile = turned + (j - within) * keys.dim + within;
-    int64_t d = 0;
-    for (; d + 4 <= keys.dim; d += 4) {
-      __m128 a = T::four(at[0] + d), b = T::four(at[1] + d);
-      __m128 c = T::four(at[2] + d), e = T::four(at[3] + d);
-      _MM_TRANSPOSE4_PS(a, b, c, e);
-      float* to = tile + d * kTurnedPositions;
-      _mm_storeu_ps(to, a);
-      _mm_storeu_ps(to + kTurnedPositions, b);
-      _mm_storeu_ps(to + 2 * kTurnedPositions, c);
-      _mm_storeu_ps(to + 3 * kTurnedPositions, e);
-    }
-    for (; d < keys.dim; ++d)
-      for (int i = 0; i < 4; ++i) tile[d * kTurnedPositions + i] = T::value(at[i][d]);
+    const int64_t done = turn_squares<T>(keys.at + j, keys.dim, tile);
+    for (int64_t i = 0; i < kKeysAtOnce && done < keys.dim; i += 4)
+      turn_quad<T>(keys.at + j + i, done, keys.dim, tile + i);
   }
 }
 
@@ -111,17 +135,19 @@ void score_turned_tile(const float* query, const float* turned, int64_t dim, flo
   }
 }
 
-// scores[i][j] = <query i, key j>; of further positions of whole tiles, anything.
+// scores[i][j] = <query i, key j> where a query of three sees j; elsewhere anything.
 template <class T>
-void score_turned(const float* query, int64_t queries, const Keys<T>& keys, int64_t fetched,
-                  float* scores) {
+void score_turned(const float* query, int64_t queries, const Keys<T>& keys, const Seen& seen,
+                  int64_t fetched, float* scores) {
   float* turned = scratch<kTurned>(keys.dim * kSpan);
   turn(keys, fetched, turned);
   for (int64_t j = 0; j < keys.count; j += kTurnedPositions) {
     const float* tile = turned + j * keys.dim;
     int64_t i = 0;
-    for (; i + 3 <= queries; i += 3)
-      score_turned_tile<3>(query + i * keys.dim, tile, keys.dim, scores + i * kSpan + j);
+    for (; i + 3 <= queries; i += 3) {
+      if (seen.end(i + 2) > j && seen.begin(i) < j + kTurnedPositions)
+        score_turned_tile<3>(query + i * keys.dim, tile, keys.dim, scores + i * kSpan + j);
+    }
     for (; i < queries; ++i)
       score_turned_tile<1>(query + i * keys.dim, tile, keys.dim, scores + i * kSpan + j);
   }
