@@ -27,8 +27,10 @@ _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
 ISA_FLAGS: dict[Isa, tuple[str, ...]] = {
     "avx2": _AVX2,
     "avx512": _AVX512,
-    "amx": (*_AVX512, "-mamx-tile", "-mamx-bf16"),
+    "amx": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
 }
+# Of flags whose feature /proc/cpuinfo spells otherwise.
+_OTHER_NAMES = {"-mavx512bf16": "avx512_bf16"}
 # No contraction: a row's bits must not depend on which copy of a loop the compiler fused where.
 FLAGS = (
     "-std=c++17",
@@ -41,7 +43,7 @@ FLAGS = (
 )
 SANITIZE_FLAGS = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 CPU_FEATURES: dict[Isa, frozenset[str]] = {
-    isa: frozenset(flag.removeprefix("-m").replace("-", "_") for flag in flags)
+    isa: frozenset(_OTHER_NAMES.get(flag, flag[2:].replace("-", "_")) for flag in flags)
     for isa, flags in ISA_FLAGS.items()
 }
 _BEST_FIRST: tuple[Isa, ...] = ("amx", "avx512", "avx2")

@@ -44,7 +44,7 @@ inline Vec exp_below(Vec x) {
 // Zero below -88, where exp(-x) nears the end of float32: times a huge negative x it must stay
 // small.
 inline Vec sigmoid(Vec x) {
-  const Vec y = div(fill(1.0f), add(fill(1.0f), exp(sub(zero(), x))));
+  const Vec y = reciprocal(add(fill(1.0f), exp(sub(zero(), x))));
   return select_less(x, fill(-88.0f), zero(), y);
 }
 

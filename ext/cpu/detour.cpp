@@ -3,9 +3,9 @@
 // A task takes one group of an adapter's rows through both matrices, so that however many adapters
 // a batch has, it is one job.
 #include "activation.h"
-#include "amx.h"
 #include "chunk.h"
 #include "exports.h"
+#include "product.h"
 #include "scratch.h"
 #include "tile.h"
 
@@ -14,11 +14,10 @@ namespace {
 
 // sums[panel][row][kPanel] = rows times the matrix, for tiles and for panels.
 void multiply_cut(const Matrix& m, const float* x, int64_t rows, float* sums) {
-  if constexpr (kHasTiles) {
-    auto* cut = scratch<kCut, uint16_t>(cut_size(rows, m.in));
-    cut_group(x, m.in, rows, cut);
-    multiply_tiles(m, {0, panels_of(m.out)}, cut, rows, sums);
-  }
+  const Groups groups(rows, kExactPieces);
+  auto* pieces = scratch<kCut, uint16_t>(groups.size(m.in));
+  for (int64_t r = 0; r < rows; ++r) cut_row(groups, r, x + r * m.in, m.in, pieces);
+  multiply_tiles(m, {0, panels_of(m.out)}, {groups, pieces}, sums);
 }
 
 void multiply_packed(const Matrix& m, const float* x, int64_t rows, float* sums) {

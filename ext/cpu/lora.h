@@ -109,10 +109,11 @@ inline Stream piece_of(const Segment& s, const Rows& panels, int64_t steps) {
           ceil_div(panels.count * stride, steps)};
 }
 
-// Adds a segment to the sums [panel][row][kPanel] of some panels, for the rows of one chunk.
+// Adds a segment to the sums [panel][row][kPanel] of some panels, `apart` floats from each other,
+// for the rows of one chunk.
 template <class T>
 void expand(const Segment& s, const Rows& panels, const Rows& chunk, const float* shrunk,
-            float* sums) {
+            float* sums, int64_t apart) {
   const int64_t stride = s.rank * kPanel;
   const auto* b = static_cast<const typename T::Element*>(s.b) + panels.first * stride;
   for_groups(s, chunk, [&](const Rows& group) {
@@ -122,8 +123,7 @@ void expand(const Segment& s, const Rows& panels, const Rows& chunk, const float
     for (int64_t i = 0; i < panels.count;) {
       const int64_t wide = tile_panels(group.count, panels.count - i);
       tile_for<T>(group.count, wide)({a, b + i * stride, stride, s.rank,
-                                      to + i * chunk.count * kPanel, chunk.count * kPanel, false,
-                                      idle, idle});
+                                      to + i * apart, apart, false, idle, idle});
       i += wide;
     }
   });

@@ -1,8 +1,9 @@
 // y_i = norm(x) W_i^T + bias_i + patch_i(norm(x)) for the linear layers of one call.
 //
-// Three jobs for the threads: normalize the rows; shrink them for the low-rank patches, if any;
-// multiply, a few panels of a layer by a chunk of rows at a time. Few rows are one chunk, packed at
-// first; of many, a task packs its own chunk, so that it is in the caches when it is read.
+// Three jobs for the threads: normalize the rows and cut them for tiles; shrink them for the
+// low-rank patches, if any; multiply, a few panels of a layer by a chunk of rows at a time. For
+// panels, few rows are one chunk, packed at first; of many, a task packs its own chunk, so that it
+// is in the caches when it is read.
 #include "activation.h"
 #include "exports.h"
 #include "norm.h"
@@ -13,23 +14,11 @@ namespace {
 
 constexpr int64_t kRanksPerTask = 32;
 constexpr int64_t kTasksPerThread = 8;  // where tasks pack their chunks
-constexpr int64_t kCutBytes = 1 << 20;  // of a chunk's rows cut for tiles
+// Rows of a chunk for tiles: as many as the second-level cache holds beside their sums.
+constexpr int64_t kCutBytes = 1 << 20;
+constexpr int64_t kFewestRows = 32, kMostRows = 256;
 
-// Normalizes rows into `plain`, unless it is null.
-void normalize_rows(const ProjectCall& call, const Rows& rows, float* plain) {
-  const int64_t width = call.width;
-  for (int64_t r = rows.first; plain != nullptr && r < rows.first + rows.count; ++r)
-    normalize(norm_of(call.norm, r), call.x + r * width, width, plain + r * width);
-}
-
-// The sums of rows by groups of inputs, for the layers whose codes have offsets.
-void sum_rows(const Projection& p, const Rows& rows) {
-  const int64_t width = p.call.width;
-  for (int64_t r = rows.first; p.group_sums != nullptr && r < rows.first + rows.count; ++r)
-    sum_groups(p.plain + r * width, width, p.call.rows, p.group_sums + r);
-}
-
-// Where those sums go; null where no layer needs them.
+// Where the sums of rows by groups of inputs go; null where no layer needs them.
 float* room_for_sums(const ProjectCall& call) {
   for (int64_t i = 0; i < call.count; ++i)
     if (call.linears[i].matrix->storage == Storage::kInt4)
@@ -37,19 +26,11 @@ float* room_for_sums(const ProjectCall& call) {
   return nullptr;
 }
 
-// Groups of some rows, from [rows, width] into their places among the packed groups: those for
-// panels, of which there are groups_of(rows), and those for tiles.
+// Packs a group of some rows [rows, width], of which there are groups_of(rows), for panels.
 void pack(const Rows& rows, int64_t g, int64_t width, const float* plain, float* packed) {
   const Rows group = part(rows.count, groups_of(rows.count), g);
   pack_group(plain + (rows.first + group.first) * width, width, group.count,
              packed + group.first * width);
-}
-
-void cut(const Rows& rows, int64_t g, int64_t width, const float* plain, uint16_t* packed) {
-  const Rows group = part(rows.count, ceil_div(rows.count, kHeight), g);
-  if constexpr (kHasTiles)
-    cut_group(plain + (rows.first + group.first) * width, width, group.count,
-              packed + cut_size(group.first, width));
 }
 
 struct ShrinkTask {
@@ -104,17 +85,28 @@ const float* const* shrink_all(Pool* pool, const Projection& p) {
   return starts;
 }
 
-// One panel's sums [row][kPanel] into, or onto, the columns of `out`.
-void write_out(const ProjectCall& call, const Matrix& matrix, float* out, int64_t panel,
-               const Rows& chunk, const float* sums) {
+// What becomes of a panel's sums: they are written into the columns of `out`, past the caches where
+// many rows would only push out what products read again, or added to them.
+enum class Write { kKeep, kPass, kAdd };
+
+template <Write how>
+void write_vector(float* to, Vec x) {
+  if constexpr (how == Write::kKeep) store(to, x);
+  if constexpr (how == Write::kPass) stream(to, x);
+  if constexpr (how == Write::kAdd) store(to, add(load(to), x));
+}
+
+template <Write how>
+void write_out(const Matrix& matrix, float* out, int64_t panel, const Rows& chunk,
+               const float* sums) {
   const int64_t column = panel * kPanel, columns = std::min(kPanel, matrix.out - column);
-  for (int64_t r = 0; r < chunk.count; ++r) {
-    float* to = out + (chunk.first + r) * matrix.out + column;
-    const float* from = sums + r * kPanel;
-    if (call.mode == Mode::kAdd) {
-      for (int64_t c = 0; c < columns; ++c) to[c] += from[c];
+  float* to = out + chunk.first * matrix.out + column;
+  for (int64_t r = 0; r < chunk.count; ++r, to += matrix.out, sums += kPanel) {
+    if (columns == kPanel) {
+      write_vector<how>(to, load(sums));
+      write_vector<how>(to + kLanes, load(sums + kLanes));
     } else {
-      for (int64_t c = 0; c < columns; ++c) to[c] = from[c];
+      for (int64_t c = 0; c < columns; ++c) to[c] = how == Write::kAdd ? to[c] + sums[c] : sums[c];
     }
   }
 }
@@ -146,83 +138,118 @@ struct Jobs {
     return jobs;
   }
 
+  void write(const LinearCall& linear, int64_t panel, const Rows& rows, const float* sums) const {
+    const bool passes = in_tiles(linear) && p.chunks > 1 && linear.matrix->out % 16 == 0 &&
+                        reinterpret_cast<uintptr_t>(linear.out) % 64 == 0;
+    const auto how = p.call.mode == Mode::kAdd ? write_out<Write::kAdd>
+                     : passes                  ? write_out<Write::kPass>
+                                               : write_out<Write::kKeep>;
+    how(*linear.matrix, linear.out, panel, rows, sums);
+  }
+
   void run(int64_t job, const Chunk& chunk) const {
     int64_t i = first;
     for (; job >= of_layer(i); ++i) job -= of_layer(i);
     const LinearCall& linear = p.call.linears[i];
-    const int64_t begin = job * p.panels_per_job, floats = chunk.rows.count * kPanel;
+    const int64_t begin = job * p.panels_per_job, room = room_of(linear, chunk) * kPanel;
+    const int64_t gate_room = room_of(p.call.linears[0], chunk) * kPanel;
     const Rows panels{begin, std::min(p.panels_per_job, panels_of(linear.matrix->out) - begin)};
-    float* sums = scratch<kSums>(2 * p.panels_per_job * floats);
+    float* sums = scratch<kSums>(p.panels_per_job * (room + gate_room));
+    float* gate = sums + panels.count * room;
     compute(p, i, panels, chunk, sums);
-    if (first == 1) {
-      float* gate = sums + panels.count * floats;
-      compute(p, 0, panels, chunk, gate);
-      apply_gate(p.call.gate, gate, panels.count * floats, sums);
+    if (first == 1) compute(p, 0, panels, chunk, gate);
+    for (int64_t q = 0; q < panels.count; ++q, sums += room, gate += gate_room) {
+      if (first == 1) apply_gate(p.call.gate, gate, chunk.rows.count * kPanel, sums);
+      write(linear, begin + q, chunk.rows, sums);
     }
-    for (int64_t q = 0; q < panels.count; ++q)
-      write_out(p.call, *linear.matrix, linear.out, begin + q, chunk.rows, sums + q * floats);
   }
 };
 
-void project_one_chunk(Pool* pool, Projection& p, float* normed) {
+// A row, normalized: in `plain` where it is there, or written to `to`.
+const float* normalized_row(const Projection& p, int64_t row, float* to) {
+  const int64_t width = p.call.width;
+  if (p.plain != nullptr) return p.plain + row * width;
+  normalize(norm_of(p.call.norm, row), p.call.x + row * width, width, to);
+  return to;
+}
+
+// What the threads prepare of some rows before anything is multiplied: `plain`, unless it is null,
+// and sums by groups.
+void prepare(const Projection& p, const Rows& rows, float* plain) {
+  const int64_t width = p.call.width;
+  for (int64_t r = rows.first; r < rows.first + rows.count; ++r) {
+    if (plain != nullptr)
+      normalize(norm_of(p.call.norm, r), p.call.x + r * width, width, plain + r * width);
+    if (p.group_sums != nullptr)
+      sum_groups(p.plain + r * width, width, p.call.rows, p.group_sums + r);
+  }
+}
+
+// Cuts some of a chunk's rows for tiles.
+void cut(const Projection& p, const Rows& chunk, const Rows& some, const Groups& groups,
+         uint16_t* pieces) {
+  float* row = scratch<kRow>(p.call.width);
+  for (int64_t i = some.first; i < some.first + some.count; ++i)
+    cut_row(groups, i, normalized_row(p, chunk.first + i, row), p.call.width, pieces);
+}
+
+void project_one_chunk(Pool* pool, Projection& p, float* plain) {
   const ProjectCall& call = p.call;
   const Rows rows{0, call.rows};
-  const bool packs = p.has_panels && call.rows > 1;
-  float* packed = packs ? scratch<kPacked>(call.rows * call.width) : nullptr;
-  auto* pieces = p.has_tiles ? scratch<kCut, uint16_t>(cut_size(call.rows, call.width)) : nullptr;
-  const int64_t groups = p.has_tiles ? ceil_div(call.rows, kHeight) : groups_of(call.rows);
-  pool->run(groups, [&](int64_t g) {
-    normalize_rows(call, part(call.rows, groups, g), normed);
-    sum_rows(p, part(call.rows, groups, g));
-    if (p.has_tiles) {
-      cut(rows, g, call.width, p.plain, pieces);
-    } else if (packs) {
-      pack(rows, g, call.width, p.plain, packed);
-    }
+  const Groups groups(call.rows, p.pieces());
+  float* packed =
+      p.has_panels && call.rows > 1 ? scratch<kPacked>(call.rows * call.width) : nullptr;
+  auto* pieces = p.has_tiles ? scratch<kCut, uint16_t>(groups.size(call.width)) : nullptr;
+  const int64_t blocks = groups_of(call.rows);
+  pool->run(blocks, [&](int64_t i) {
+    const Rows block = part(call.rows, blocks, i);
+    prepare(p, block, plain);
+    if (pieces != nullptr) cut(p, rows, block, groups, pieces);
+    if (packed != nullptr) pack(rows, i, call.width, p.plain, packed);
   });
-  for (int64_t g = 0; p.has_tiles && packs && g < groups_of(call.rows); ++g)
-    pack(rows, g, call.width, p.plain, packed);
   p.shrunk = shrink_all(pool, p);
   const Jobs jobs(p);
-  const Chunk chunk{rows, packs ? packed : p.plain, pieces};
+  const Chunk chunk{rows, packed != nullptr ? packed : p.plain, {groups, pieces}};
   pool->run(jobs.count(), [&](int64_t job) { jobs.run(job, chunk); });
 }
 
-void project_chunks(Pool* pool, Projection& p, float* normed) {
+void project_chunks(Pool* pool, Projection& p, float* plain) {
   const int64_t width = p.call.width;
-  if (normed != nullptr || p.group_sums != nullptr)
-    pool->run(p.chunks, [&](int64_t i) {
-      normalize_rows(p.call, p.chunk(i), normed);
-      sum_rows(p, p.chunk(i));
-    });
+  if (plain != nullptr || p.group_sums != nullptr)
+    pool->run(p.chunks, [&](int64_t i) { prepare(p, p.chunk(i), plain); });
   p.shrunk = shrink_all(pool, p);
   const Jobs jobs(p);
   const int64_t wanted = ceil_div(kTasksPerThread * (pool->threads() - 1), p.chunks);
   const int64_t parts = std::min(std::max<int64_t>(1, wanted), jobs.count());
   pool->run(p.chunks * parts, [&](int64_t task) {
     const Rows rows = p.chunk(task / parts), own = part(jobs.count(), parts, task % parts);
+    const Groups groups(rows.count, p.pieces());
     float* packed = p.has_panels ? scratch<kPacked>(rows.count * width) : nullptr;
-    auto* pieces = p.has_tiles ? scratch<kCut, uint16_t>(cut_size(rows.count, width)) : nullptr;
+    auto* pieces = p.has_tiles ? scratch<kCut, uint16_t>(groups.size(width)) : nullptr;
     for (int64_t g = 0; p.has_panels && g < groups_of(rows.count); ++g)
       pack(rows, g, width, p.plain, packed);
-    for (int64_t g = 0; p.has_tiles && g < ceil_div(rows.count, kHeight); ++g)
-      cut(rows, g, width, p.plain, pieces);
+    if (p.has_tiles) cut(p, rows, {0, rows.count}, groups, pieces);
     for (int64_t job = own.first; job < own.first + own.count; ++job)
-      jobs.run(job, {rows, packed, pieces});
+      jobs.run(job, {rows, packed, {groups, pieces}});
+    fence_streams();
   });
 }
 
-// Rows of a chunk: for tiles as many as the second-level cache holds beside a panel.
-int64_t chunk_rows(const ProjectCall& call, bool has_tiles) {
-  if (!has_tiles) return kChunk;
-  const int64_t pairs = kCutBytes / (cut_size(2 * kHeight, call.width) * sizeof(uint16_t));
-  return 2 * kHeight * std::max<int64_t>(1, pairs);
+int64_t chunks_of(const ProjectCall& call, bool has_tiles) {
+  const int64_t rows = call.rows;
+  if (!has_tiles) return rows <= kOneChunk ? 1 : ceil_div(rows, kChunk);
+  const int64_t row_bytes = Groups(1, pieces_of(call)).size(call.width) * 2;
+  return ceil_div(rows, std::clamp(kCutBytes / row_bytes / 32 * 32, kFewestRows, kMostRows));
 }
 
 // How many panels a task computes: enough sums to hide latencies, few enough to share them out.
 int64_t panels_per_job(int64_t rows, bool has_panels) {
   if (!has_panels) return rows <= 8 ? 4 : 1;
   return rows <= 8 ? 4 : rows <= 32 ? 2 : 1;
+}
+
+bool has_segments(const LinearCall& linear) {
+  return linear.patch != nullptr && linear.patch->count > 0;
 }
 
 }  // namespace
@@ -234,12 +261,12 @@ void blockllm_project(Pool* pool, const ProjectCall* call) {
   const LinearCall* end = call->linears + call->count;
   const bool has_tiles = std::any_of(call->linears, end, in_tiles);
   const bool has_panels = !std::all_of(call->linears, end, in_tiles);
-  const int64_t size = chunk_rows(*call, has_tiles);
-  const int64_t chunks = call->rows <= std::max(size, kOneChunk) ? 1 : ceil_div(call->rows, size);
   const int64_t panels = panels_per_job(call->rows, has_panels);
+  Projection p{*call, chunks_of(*call, has_tiles), panels, has_panels, has_tiles};
   const bool norms = call->norm.kind != NormKind::kNone;
-  float* normed = norms ? scratch<kRows>(call->rows * call->width) : nullptr;
-  Projection p{*call,   chunks, panels, has_panels, has_tiles, norms ? normed : call->x,
-               nullptr, room_for_sums(*call)};
-  chunks == 1 ? project_one_chunk(pool, p, normed) : project_chunks(pool, p, normed);
+  const bool reads_plain = has_panels || std::any_of(call->linears, end, has_segments);
+  float* plain = norms && reads_plain ? scratch<kRows>(call->rows * call->width) : nullptr;
+  p.plain = norms ? plain : call->x;
+  p.group_sums = room_for_sums(*call);
+  p.chunks == 1 ? project_one_chunk(pool, p, plain) : project_chunks(pool, p, plain);
 }

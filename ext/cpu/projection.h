@@ -1,9 +1,9 @@
 // A projection under way: the call, how its rows and panels are shared out, and the products of one
 // task.
 #pragma once
-#include "amx.h"
 #include "grouped.h"
 #include "lora.h"
+#include "product.h"
 #include "runs.h"
 #include "scratch.h"
 
@@ -15,27 +15,36 @@ constexpr int64_t kOneChunk = 96;
 // Groups of rows from which widening a panel's run once pays; wide registers do it on the way.
 constexpr int64_t kGroupsToWiden = kLanes == 8 ? 3 : INT64_MAX;
 
+// Of each of the call's rows.
+inline int64_t pieces_of(const ProjectCall& call) { return call.rounding != 0 ? 1 : kExactPieces; }
+
 struct Projection {
   const ProjectCall& call;
-  int64_t chunks;  // of rows
-  int64_t panels_per_job;
-  bool has_panels, has_tiles;  // among the layers
-  const float* plain;          // normalized rows [rows, width]
-  const float* const* shrunk;  // of each linear layer
-  float* group_sums = nullptr;  // of the rows, where weights are codes with offsets
+  const int64_t chunks;  // of rows
+  const int64_t panels_per_job;
+  const bool has_panels, has_tiles;      // among the layers
+  const float* plain = nullptr;          // rows [rows, width], normalized; null: nothing reads them
+  const float* const* shrunk = nullptr;  // of each linear layer
+  float* group_sums = nullptr;           // of the rows, where weights are codes with offsets
 
   Rows chunk(int64_t i) const { return part(call.rows, chunks, i); }
+  int64_t pieces() const { return pieces_of(call); }
 };
 
 // A chunk of rows with its packed groups, for products with panels and with tiles.
 struct Chunk {
   Rows rows;
   const float* packed;
-  const uint16_t* cut;
+  Cut cut;
 };
 
 inline bool in_tiles(const LinearCall& linear) {
   return kHasTiles && linear.matrix->storage == Storage::kTiles;
+}
+
+// Rows that the sums of one panel have room for.
+inline int64_t room_of(const LinearCall& linear, const Chunk& chunk) {
+  return in_tiles(linear) ? chunk.cut.groups.room() : chunk.rows.count;
 }
 
 // What to fetch meanwhile of the slot-th segment of the layer's patch, or `none`.
@@ -153,6 +162,7 @@ inline void end_panel(const LinearCall& linear, int64_t panel, const Rows& chunk
   const int64_t last = chunk.first + chunk.count;
   for (int64_t row = chunk.first; row < last;) {
     const Ending ending = ending_of(linear, row);
+    if (ending.gain == nullptr && ending.bias == nullptr) row = std::min(ending.last, last);
     for (; row < std::min(ending.last, last); ++row) {
       float* y = sums + (row - chunk.first) * kPanel;
       if (ending.gain != nullptr)
@@ -164,24 +174,24 @@ inline void end_panel(const LinearCall& linear, int64_t panel, const Rows& chunk
 }
 
 // What the i-th linear layer of the call gives for some panels and one chunk of rows, whole:
-// sums[panel][row][kPanel].
+// sums[panel][row][kPanel], with the room of `room_of`.
 inline void compute(const Projection& p, int64_t i, const Rows& panels, const Chunk& chunk,
                     float* sums) {
   const LinearCall& linear = p.call.linears[i];
-  const int64_t rows = chunk.rows.count;
+  const int64_t room = room_of(linear, chunk);
   if (in_tiles(linear)) {
-    if constexpr (kHasTiles) multiply_tiles(*linear.matrix, panels, chunk.cut, rows, sums);
+    multiply_tiles(*linear.matrix, panels, chunk.cut, sums);
   } else {
     multiply_panels(p, linear, panels, chunk, sums);
   }
   for (int64_t s = 0; linear.patch != nullptr && s < linear.patch->count; ++s) {
     const Segment& segment = linear.patch->segments()[s];
     with_storage(segment.b_storage, [&](auto type) {
-      expand<decltype(type)>(segment, panels, chunk.rows, p.shrunk[i], sums);
+      expand<decltype(type)>(segment, panels, chunk.rows, p.shrunk[i], sums, room * kPanel);
     });
   }
   for (int64_t at = 0; at < panels.count; ++at)
-    end_panel(linear, panels.first + at, chunk.rows, sums + at * rows * kPanel);
+    end_panel(linear, panels.first + at, chunk.rows, sums + at * room * kPanel);
 }
 
 }  // namespace blockllm

@@ -11,6 +11,7 @@ enum Use {
   kSums,
   kWidened,
   // rows of a projection
+  kRow,
   kRows,
   kPacked,
   kCut,

@@ -1,0 +1,79 @@
+// Rows as AMX multiplies them: in pieces of bfloat16, in groups of one height.
+//
+// A float32 has 24 significant bits and is cut, without loss, into three pieces of 8: high + middle
+// + low; each piece times a bfloat16 weight is exact in float32. Where rounding is allowed, a row
+// is one piece: its bfloat16s, to nearest even.
+//
+// A group lies as [inputs / 32][pieces][height][32]. The last group's height may exceed the rows
+// that are left: what lies there is never written nor its products read.
+#pragma once
+#include <algorithm>
+
+#include "amx.h"
+
+namespace blockllm {
+
+constexpr int64_t kExactPieces = 3;
+
+// How rows are divided into groups of one height, the lowest that fills as few tiles.
+struct Groups {
+  int64_t count, height, pieces;
+
+  Groups(int64_t rows, int64_t pieces_of_each)
+      : count(ceil_div(rows, kHeight)), height(ceil_div(rows, count)), pieces(pieces_of_each) {}
+
+  // Rows that there is room for.
+  int64_t room() const { return count * height; }
+  // Elements of a group of rows of `width`.
+  int64_t apart(int64_t width) const { return height * pieces * steps_of(width) * kDepth; }
+  int64_t size(int64_t width) const { return count * apart(width); }
+};
+
+#if defined(__AMX_BF16__)
+
+// kDepth floats, of which `left` count, as three vectors of bfloat16, `apart` elements from each
+// other.
+inline void cut(const float* x, int64_t left, uint16_t* to, int64_t apart) {
+  for (int64_t half = 0; half < kDepth; half += 16, left -= 16) {
+    const __mmask16 some =
+        static_cast<__mmask16>(left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0);
+    __m512 rest = _mm512_maskz_loadu_ps(some, x + half);
+    for (int64_t piece = 0; piece < kExactPieces; ++piece) {
+      const __m512i bits = _mm512_castps_si512(rest);
+      const __m512i top = _mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000)));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + piece * apart + half),
+                          _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
+      rest = _mm512_sub_ps(rest, _mm512_castsi512_ps(top));
+    }
+  }
+}
+
+// The same, rounded.
+inline void round_off(const float* x, int64_t left, uint16_t* to) {
+  const uint32_t some = left >= kDepth ? 0xffffffffu : (1u << left) - 1;
+  const __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(some), x);
+  const __m512 high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(some >> 16), x + 16);
+  _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+}
+
+// Writes the pieces of the i-th row.
+inline void cut_row(const Groups& groups, int64_t i, const float* row, int64_t width,
+                    uint16_t* pieces) {
+  const int64_t apart = groups.height * kDepth;
+  uint16_t* to = pieces + i / groups.height * groups.apart(width) + i % groups.height * kDepth;
+  for (int64_t k = 0; k < width; k += kDepth, to += groups.pieces * apart) {
+    if (groups.pieces == 1) {
+      round_off(row + k, width - k, to);
+    } else {
+      cut(row + k, width - k, to, apart);
+    }
+  }
+}
+
+#else
+
+inline void cut_row(const Groups&, int64_t, const float*, int64_t, uint16_t*) {}
+
+#endif
+
+}  // namespace blockllm
