@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ext import native
 from ext.build import Isa
-from ext.memory import reserve
+from ext.memory import keep_freed, reserve
 from ext.native import ACTIVATIONS, STORAGE, NormRecord, address
 from ext.ops import (
     Activation,
@@ -75,6 +75,7 @@ class CpuOps:
 
     def __init__(self, threads: int = 0, isa: Isa | str = "auto", rounding: bool = False) -> None:
         self.isa, self._native = native.load(isa)
+        keep_freed()
         self.rounding = rounding
         self.dtype: Dtype = "bfloat16" if rounding else "float32"
         self.threads = threads or torch.get_num_threads()

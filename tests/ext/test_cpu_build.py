@@ -1,6 +1,7 @@
 """Building and loading the native library, its memory, and a run under the sanitizers."""
 
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from ext import build
 from ext.build import Unavailable, library, supported
 from ext.cpu import CpuOps
 from ext.memory import Arena
+from ext.ops import Linear
 
 pytestmark = pytest.mark.skipif(not supported(), reason="needs AVX2, FMA and F16C")
 
@@ -91,6 +93,18 @@ def test_dropped_weights_give_their_memory_back() -> None:
     del arrays, array
     assert before - resident() > 95 << 20
     assert np.all(small == 1)
+
+
+def test_results_take_the_memory_of_results_that_were_dropped() -> None:
+    ops = CpuOps(threads=1)
+    linear, x = Linear(ops.matrix(torch.ones(1024, 8))), torch.ones(1024, 8)
+    for _ in range(3):
+        ops.project(x, None, (linear,), (None,))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        ops.project(x, None, (linear,), (None,))
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    assert faults < 2 * 1024, "each result took new pages"
 
 
 def test_weights_do_not_keep_their_source(tmp_path: Path) -> None:
