@@ -65,9 +65,9 @@ class CpuOps:
     """See `ext.ops.Ops`. `threads` 0: as many as torch uses; `isa` "auto": the best of the machine.
 
     With `rounding`, linear layers and attention may round to bfloat16 what they multiply (their
-    inputs, queries, softmax weights), where that is faster; sums stay float32. Raises Unavailable
-    where the kernels cannot be built or run. Calls may come from several Python threads; they take
-    turns.
+    inputs, low-rank factors, queries, softmax weights), where that is faster; sums stay float32.
+    Raises Unavailable where the kernels cannot be built or run. Calls may come from several Python
+    threads; they take turns.
     """
 
     name = "cpu"
@@ -99,7 +99,8 @@ class CpuOps:
         return weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
     def factor(self, weight: Tensor) -> Tensor:
-        return self.packing.factor(weight)
+        rounds = self.rounding and self.isa == "amx" and weight.dtype is torch.float32
+        return self.packing.factor(weight.bfloat16() if rounds else weight)
 
     def rotary(
         self, inverse_frequencies: Sequence[float], factor: float, interleaved: bool, positions: int

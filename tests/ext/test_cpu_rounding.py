@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ext.build import Isa, supported
 from ext.cpu import CpuOps
-from ext.ops import Linear, Norm
+from ext.ops import Linear, LoraSegment, Norm, Patch
 
 BOUND = 1e-5
 
@@ -87,6 +87,21 @@ def test_a_rounded_row_has_the_same_bits_in_any_batch_on_any_number_of_threads(
             part = slice(begin, begin + rows)
             for got, expected in zip(run(ops, part), whole, strict=True):
                 assert torch.equal(got, expected[part]), (rows, begin)
+
+
+@needs_tiles
+@pytest.mark.parametrize("rank", [1, 8, 37])
+def test_keeps_float32_factors_in_half_the_memory(ops: CpuOps, rank: int) -> None:
+    x, w, (first, last) = torch.randn(40, 96), weight(70, 96), (3, 30)
+    a, b = torch.randn(rank, 96), torch.randn(70, rank)
+    factors = [ops.factor(each) for each in (a, b)]
+    assert {each.dtype for each in factors} == {torch.bfloat16}
+    patch = Patch((LoraSegment(first, last, *factors, 0.5),))
+    (got,) = ops.project(x, None, (Linear(ops.matrix(w)),), (patch,))
+    expected = x.bfloat16().double() @ w.double().t()
+    shrunk = x[first:last].double() @ a.bfloat16().double().t()
+    expected[first:last] += 0.5 * shrunk @ b.bfloat16().double().t()
+    assert_close(got, expected)
 
 
 @pytest.mark.parametrize("isa", [isa for isa in supported() if isa != "amx"])
