@@ -77,6 +77,7 @@ class Line(msgspec.Struct, frozen=True):
     others_busy: float
     machine: str
     commit: str
+    rounding: bool = False
 
 
 def seconds(body: Callable[[], object], clock: Clock) -> float:
@@ -272,6 +273,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--isa", default="auto", help="auto, avx2, avx512 or amx")
+    parser.add_argument(
+        "--rounding", action="store_true", help="round what is multiplied, where that is faster"
+    )
     parser.add_argument("--json", type=Path, help="append the measurements to this file")
     parser.add_argument("--alone", action="store_true", help="one thread, by its processor time")
     options = parser.parse_args()
@@ -280,13 +284,15 @@ def main() -> None:
         threads, clock = 1, time.thread_time
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    ops = CpuOps(threads, options.isa)
+    ops = CpuOps(threads, options.isa, options.rounding)
     machine, revision, busy = this_machine().cpu, commit(), Busy()
-    print(f"{machine}, {ops.isa}, {ops.threads} threads")
+    how = "rounding" if ops.rounding else "exact"
+    print(f"{machine}, {ops.isa}, {how}, {ops.threads} threads")
     lines = []
     for result in results(ops, clock):
         print(text(result), flush=True)
-        lines.append(Line(result, ops.isa, ops.threads, busy.others(), machine, revision))
+        where = (machine, revision, ops.rounding)
+        lines.append(Line(result, ops.isa, ops.threads, busy.others(), *where))
     print(f"other processes kept {lines[-1].others_busy:.2f} cores busy")
     if options.json is not None:
         with options.json.open("ab") as file:
