@@ -13,8 +13,11 @@ namespace blockllm {
 namespace {
 
 constexpr int64_t kRanksPerTask = 32;
-constexpr int64_t kTasksPerThread = 8;  // where tasks pack their chunks
-// Rows of a chunk for tiles: as many as the second-level cache holds beside their sums.
+// Where tasks pack their chunks: so many per thread, of which several may pack the same one.
+constexpr int64_t kTasksPerThread = 8;
+constexpr int64_t kTileTasksPerThread = 4;
+// Rows of a chunk for tiles: as many as the second-level cache holds beside their sums, and so few
+// that each thread has its own.
 constexpr int64_t kCutBytes = 1 << 20;
 constexpr int64_t kFewestRows = 32, kMostRows = 256;
 
@@ -219,7 +222,8 @@ void project_chunks(Pool* pool, Projection& p, float* plain) {
     pool->run(p.chunks, [&](int64_t i) { prepare(p, p.chunk(i), plain); });
   p.shrunk = shrink_all(pool, p);
   const Jobs jobs(p);
-  const int64_t wanted = ceil_div(kTasksPerThread * (pool->threads() - 1), p.chunks);
+  const int64_t tasks = p.has_panels ? kTasksPerThread : kTileTasksPerThread;
+  const int64_t wanted = ceil_div(tasks * (pool->threads() - 1), p.chunks);
   const int64_t parts = std::min(std::max<int64_t>(1, wanted), jobs.count());
   pool->run(p.chunks * parts, [&](int64_t task) {
     const Rows rows = p.chunk(task / parts), own = part(jobs.count(), parts, task % parts);
@@ -235,11 +239,12 @@ void project_chunks(Pool* pool, Projection& p, float* plain) {
   });
 }
 
-int64_t chunks_of(const ProjectCall& call, bool has_tiles) {
+int64_t chunks_of(const ProjectCall& call, bool has_tiles, int64_t threads) {
   const int64_t rows = call.rows;
   if (!has_tiles) return rows <= kOneChunk ? 1 : ceil_div(rows, kChunk);
+  const int64_t most = std::clamp(ceil_div(rows, threads), kMostRows / 2, kMostRows);
   const int64_t row_bytes = Groups(1, pieces_of(call)).size(call.width) * 2;
-  return ceil_div(rows, std::clamp(kCutBytes / row_bytes / 32 * 32, kFewestRows, kMostRows));
+  return ceil_div(rows, std::clamp(kCutBytes / row_bytes / 32 * 32, kFewestRows, most));
 }
 
 // How many panels a task computes: enough sums to hide latencies, few enough to share them out.
@@ -262,7 +267,7 @@ void blockllm_project(Pool* pool, const ProjectCall* call) {
   const bool has_tiles = std::any_of(call->linears, end, in_tiles);
   const bool has_panels = !std::all_of(call->linears, end, in_tiles);
   const int64_t panels = panels_per_job(call->rows, has_panels);
-  Projection p{*call, chunks_of(*call, has_tiles), panels, has_panels, has_tiles};
+  Projection p{*call, chunks_of(*call, has_tiles, pool->threads()), panels, has_panels, has_tiles};
   const bool norms = call->norm.kind != NormKind::kNone;
   const bool reads_plain = has_panels || std::any_of(call->linears, end, has_segments);
   float* plain = norms && reads_plain ? scratch<kRows>(call->rows * call->width) : nullptr;
