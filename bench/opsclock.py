@@ -13,11 +13,13 @@ STEP_OPS = (
     "project",
     "project_gated",
     "attend",
+    "split",
     "activate",
     "accumulate",
     "add_norm",
     "scale",
     "detour",
+    "replay",
 )
 
 
@@ -30,7 +32,8 @@ class OpsClock:
         # Operations that are made of others count once, as themselves.
         self._is_within = False
         for name in STEP_OPS:
-            setattr(ops, name, self._timed(name, getattr(ops, name)))
+            if hasattr(ops, name):
+                setattr(ops, name, self._timed(name, getattr(ops, name)))
 
     def reset(self) -> None:
         """Begin anew."""

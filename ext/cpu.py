@@ -7,9 +7,10 @@ one foreign call, which releases the interpreter's lock.
 """
 
 import ctypes
+import math
 import weakref
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,9 +35,10 @@ from ext.ops import (
 )
 from ext.packing import CpuMatrix, Packing
 from ext.patch import patch_address
+from ext.plan import CpuPlan, prepare
 from ext.quantize import Quantized
+from ext.tape import Tape, Workspace
 
-_BLOCK_ROWS = 32
 _STORE, _ADD, _GATE = range(3)
 
 
@@ -45,19 +47,6 @@ class CpuRotary:
     """cos and sin per position, float32 [positions, 2, half]."""
 
     table: Tensor
-    record: native.Record
-
-
-@dataclass(eq=False, slots=True)
-class CpuPlan:
-    """The int32 arrays that the record points at: see `Plan` in records.h."""
-
-    geometry: Geometry
-    num_rows: int
-    num_layers: int
-    num_positions: int
-    row_positions: np.ndarray
-    arrays: tuple[np.ndarray, ...]
     record: native.Record
 
 
@@ -82,6 +71,7 @@ class CpuOps:
         self._pool = ctypes.c_void_p(self._native.blockllm_open(self.threads))
         weakref.finalize(self, self._native.blockllm_close, self._pool)
         self.packing = Packing(self._native, self.isa)
+        self._tape: Tape | None = None
 
     def loading(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -119,26 +109,31 @@ class CpuOps:
         return torch.from_numpy(rows.astype(np.int64, copy=False))
 
     def plan(self, geometry: Geometry) -> CpuPlan:
-        starts, contexts = geometry.starts, geometry.contexts
-        counts = np.diff(starts)
-        sequences = np.arange(len(counts))
-        row_sequence = np.repeat(sequences, counts)
-        rows = np.arange(geometry.num_rows)
-        row_positions = rows + (contexts - starts[1:])[row_sequence]
-        blocks = -(-counts // _BLOCK_ROWS)
-        owner = np.repeat(sequences, blocks)
-        index = np.arange(len(owner)) - (np.cumsum(blocks) - blocks)[owner]
-        first = np.append(starts[:-1][owner] + index * _BLOCK_ROWS, geometry.num_rows)
-        arrays = tuple(
-            np.ascontiguousarray(array, dtype=np.int32)
-            for array in (geometry.tables, row_sequence, row_positions, first)
-        )
-        _, layers, pages = geometry.tables.shape
-        record = native.Record(
-            native.PLAN.pack(*(a.ctypes.data for a in arrays), len(rows), len(owner), layers, pages)
-        )
-        last = int(contexts.max()) if len(contexts) else 0
-        return CpuPlan(geometry, len(rows), layers, last, arrays[2], arrays, record)
+        return prepare(geometry)
+
+    @contextmanager
+    def taped(self, workspace: Workspace) -> Iterator[Tape]:
+        """Note the calls of a step that this thread runs within; its results lie in `workspace`."""
+        assert self._tape is None, "a tape is running"
+        self._tape = tape = Tape(workspace)
+        try:
+            yield tape
+        finally:
+            self._tape = None
+
+    def replay(self, call: native.Record) -> None:
+        """Make noted calls again."""
+        self._native.blockllm_replay(self._pool, call.address)
+
+    def _call(self, operation: native.Replayable, record: bytes) -> None:
+        """Make a call of a step."""
+        getattr(self._native, f"blockllm_{operation}")(self._pool, record)
+        if self._tape is not None:
+            self._tape.note(operation, record)
+
+    def _empty(self, *shape: int) -> Tensor:
+        """Memory for a result of a step."""
+        return torch.empty(shape) if self._tape is None else self._tape.empty(*shape)
 
     def embed(
         self,
@@ -184,7 +179,7 @@ class CpuOps:
         patches: Sequence[Patch | None],
     ) -> list[Tensor]:
         rows = len(x)
-        outs = [torch.empty(rows, linear.weight.out_features) for linear in linears]
+        outs = [self._empty(rows, linear.weight.out_features) for linear in linears]
         self._project(_plain(x), norm, linears, patches, outs, (_STORE, 0))
         return outs
 
@@ -199,7 +194,7 @@ class CpuOps:
         gate, up = (linear.weight.out_features for linear in linears)
         if gate != up:
             raise ValueError(f"a gate of {gate} outputs for {up}")
-        out = torch.empty(len(x), up)
+        out = self._empty(len(x), up)
         mode = (_GATE, ACTIVATIONS[kind])
         self._project(_plain(x), norm, linears, patches, (None, out), mode)
         return out
@@ -240,7 +235,9 @@ class CpuOps:
                 address(out),
                 patch_address(patch, rows, matrix, self.packing),
             )
-        self._native.blockllm_project(self._pool, native.PROJECT[len(linears)].pack(*fields))
+        if self._tape is not None:
+            self._tape.note_patches(linears, patches)
+        self._call("project", native.PROJECT[len(linears)].pack(*fields))
 
     def add_norm(self, x: Tensor, y: Tensor, norm: Norm) -> None:
         if x.shape != y.shape:
@@ -249,7 +246,7 @@ class CpuOps:
         rows, width = x.shape
         norms = NormRecord(norm, width, rows)
         call = native.ADD_NORM.pack(target.data_ptr(), y.data_ptr(), rows, width, *norms.fields)
-        self._native.blockllm_add_norm(self._pool, call)
+        self._call("add_norm", call)
         _give_back(target, x)
 
     def scale(self, x: Tensor, gains: Sequence[RowGain]) -> None:
@@ -281,14 +278,16 @@ class CpuOps:
         q, k, v = _plain(q), _plain(k), _plain(v)
         _, _, page, kv_heads, dim = cache.data.shape
         rows, width = q.shape
-        out = torch.empty(rows, width)
+        out = self._empty(rows, width)
         if rows == 0:
             return out
         heads = width // dim
         native.check_attention(q, k, v, how, at)
         q_norm, k_norm = (NormRecord(norm, dim, rows) for norm in (how.q_norm, how.k_norm))
-        self._native.blockllm_attend(
-            self._pool,
+        if self._tape is not None:
+            self._tape.note_bounds(layer, math.inf if rotary is None else len(rotary.table))
+        self._call(
+            "attend",
             native.ATTEND.pack(
                 q.data_ptr(),
                 k.data_ptr(),
@@ -312,16 +311,28 @@ class CpuOps:
         )
         return out
 
+    def split(self, y: Tensor, groups: int, widths: Sequence[int]) -> list[Tensor]:
+        y = _plain(y)
+        rows, width = y.shape
+        if groups * sum(widths) != width:
+            raise ValueError(f"rows of {width} do not hold {groups} times {tuple(widths)}")
+        parts = [self._empty(rows, groups * part) for part in widths]
+        head = native.SPLIT.pack(y.data_ptr(), rows, groups, len(parts))
+        places = zip(parts, widths, strict=True)
+        tail = b"".join(native.SPLIT_PART.pack(part.data_ptr(), w) for part, w in places)
+        self._call("split", head + tail)
+        return parts
+
     def activate(self, gate: Tensor | None, up: Tensor, kind: Activation) -> Tensor:
         up = _plain(up)
-        out = torch.empty(up.shape)
+        out = self._empty(*up.shape)
         gate = gate if gate is None else _plain(gate)
         if gate is not None and gate.shape != up.shape:
             raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} differ")
         record = native.ACTIVATE.pack(
             address(gate), up.data_ptr(), out.data_ptr(), up.numel(), ACTIVATIONS[kind]
         )
-        self._native.blockllm_activate(self._pool, record)
+        self._call("activate", record)
         return out
 
     def argmax(self, logits: Tensor) -> Tensor:

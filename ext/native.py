@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Sequence
 from struct import Struct
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +33,11 @@ SCALE = Struct("Qqq")
 GAIN = Struct("qqQ")
 DETOURS = Struct("QQq")
 DETOUR = Struct("qqQQQQqd")
+SPLIT = Struct("Qqqq")
+SPLIT_PART = Struct("Qq")
+REPLAY = Struct("q")
+REPLAYED = Struct("qQ")
+POINTER = Struct("Q")
 SELECT = Struct("QqqqQQ")
 PATCH = Struct("qqq")
 SEGMENT = Struct("qqQqQqqqd")
@@ -41,6 +46,9 @@ STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CODES: dict[Bits, int] = {"int8": 4, "int4": 5}
 PAGES = (torch.float32, torch.bfloat16)
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "tanh": 4, "none": 5}
+
+# In the order of `Operation` in records.h.
+Replayable = Literal["project", "attend", "activate", "add_norm", "split"]
 
 _NORM_RUN = Struct("qqQQ")
 _NORMS = {"rms": 1, "layer": 2}
@@ -53,6 +61,7 @@ _CALLS = (
     "add_norm",
     "scale",
     "detour",
+    "split",
     "argmax",
     "top_k",
     "log_sum_exp",
@@ -117,6 +126,8 @@ def _open(isa: Isa) -> ctypes.CDLL:
         function = getattr(native, f"blockllm_{name}")
         function.argtypes = (ctypes.c_void_p, ctypes.c_char_p)
         function.restype = None
+    native.blockllm_replay.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
+    native.blockllm_replay.restype = None
     return native
 
 

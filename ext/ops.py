@@ -11,7 +11,7 @@ accumulate (MLP unit), so an implementation can fuse norms, biases, adapters, ro
 residuals into few launches. Layers that norm what they add end in project -> add_norm.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
@@ -293,6 +293,10 @@ class Ops(Protocol):
         """
         ...
 
+    def split(self, y: Tensor, groups: int, widths: Sequence[int]) -> list[Tensor]:
+        """Parts [rows, groups * width] of y, whose every group has one of each width."""
+        ...
+
     def activate(self, gate: Tensor | None, up: Tensor, kind: Activation) -> Tensor:
         """act(gate) * up, or act(up) where gate is None."""
         ...
@@ -364,37 +368,3 @@ class PackingOps(Protocol):
 
     @property
     def packing(self) -> Packs: ...
-
-
-class Replays(Protocol):
-    """Decode steps that are captured once and replayed over other rows, where a device gains by
-    it."""
-
-    @property
-    def counts(self) -> "ReplayCounts":
-        """How often, so far."""
-        ...
-
-    def run(
-        self,
-        units: tuple[int, ...],
-        x: Tensor,
-        batch: tuple[Geometry, int],
-        patches: Sequence[Patch | None],
-        step: Callable[[Tensor, Opaque, Sequence[Patch | None]], None],
-    ) -> bool:
-        """Run `step` (over rows x, a plan, patches) on x [rows, hidden], in place, for a decode
-        batch: its geometry, and a page that padding may use. False, and nothing done, if the batch
-        is too large. `units` names what `step` computes: equal names, equal steps."""
-        ...
-
-    def retain(self, keeps: Callable[[tuple[int, ...]], bool]) -> None:
-        """Forget the steps whose units `keeps` does not want."""
-        ...
-
-
-class ReplayCounts(Protocol):
-    """How often steps were captured, and how often one was replayed."""
-
-    captured: int
-    replayed: int

@@ -90,6 +90,10 @@ class PlainOps(ABC):
         gate, up = self.project(x, norm, linears, patches)
         return self.activate(gate, up, kind)
 
+    def split(self, y: Tensor, groups: int, widths: Sequence[int]) -> list[Tensor]:
+        grouped = y.unflatten(1, (groups, -1))
+        return [part.flatten(1).contiguous() for part in grouped.split(list(widths), dim=2)]
+
     def scale(self, x: Tensor, gains: Sequence[RowGain]) -> None:
         for gain in gains:
             x[gain.first : gain.last] *= gain.vector

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Literal, cast
 import torch
 
 from ext.build import Unavailable
-from ext.ops import Dtype, Ops, Replays
+from ext.ops import Dtype, Ops
 from ext.parking import Parking
 from ext.reference import TorchOps
+from ext.replays import Replays
 
 if TYPE_CHECKING:
+    from ext.cpu import CpuOps
     from ext.cuda.flash import FlashAttention
 
 _log = logging.getLogger(__name__)
@@ -58,11 +60,15 @@ def select_ops(
 
 def select_replays(ops: Ops) -> Replays | None:
     """Captured decode steps for these kernels; None where steps are run as they are."""
-    if ops.name != "cuda":
-        return None
-    from ext.cuda.graphs import Graphs
+    if ops.name == "cpu":
+        from ext.recordings import Recordings
 
-    return Graphs(ops.device)
+        return Recordings(cast("CpuOps", ops))
+    if ops.name == "cuda":
+        from ext.cuda.graphs import Graphs
+
+        return Graphs(ops.device)
+    return None
 
 
 def select_parking(ops: Ops, limit_bytes: int) -> Parking | None:

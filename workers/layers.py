@@ -31,8 +31,7 @@ def attention(unit: AttentionUnit, x: Tensor, layer: int, worn: Worn, at: Contex
     layers from the chain's bottom."""
     parts = _inputs(unit, x, worn, at)
     if len(parts) == 1:
-        grouped = parts[0].unflatten(1, (unit.groups, -1))
-        parts = [p.flatten(1).contiguous() for p in grouped.split(unit.widths, dim=2)]
+        parts = at.ops.split(parts[0], unit.groups, unit.widths)
     q, k, v = parts
     y = at.ops.attend(q, k, v, unit.attention, Place(at.cache, layer, at.plan))
     _add(unit, x, y, x, worn, at)
@@ -83,7 +82,8 @@ def _activated(unit: MlpUnit, x: Tensor, worn: Worn, at: Context) -> Tensor:
     (up,) = _inputs(unit, x, worn, at)
     gate = None
     if unit.fused:
-        gate, up = up.chunk(2, dim=1)
+        half = up.shape[1] // 2
+        gate, up = at.ops.split(up, 1, (half, half))
     return at.ops.activate(gate, up, unit.activation)
 
 

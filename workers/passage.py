@@ -1,7 +1,7 @@
 """Units in a row, as the rows of a stage wear them: what carries those rows on.
 
 Made once for an arrangement of rows and kept while it lasts. Decode steps are replayed from a
-capture where the kernels have them (`ext.ops.Replays`) and what the rows wear can be exchanged
+capture where the kernels have them (`ext.replays.Replays`) and what the rows wear can be exchanged
 under it: low-rank pieces, gains and biases of linears. All else runs unit by unit.
 """
 

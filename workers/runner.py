@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ext.ops import Cache, Geometry, Ops, Plan, Replays
+from ext.ops import Cache, Geometry, Ops, Plan
+from ext.replays import Replays
 from workers import layers, vocabulary
 from workers.attachments import Attachments, Rows
 from workers.batcher import Stage, Step, Wave
@@ -230,7 +231,7 @@ class Runner:
         return self._replays.run(
             (id(cache), passage.layer, *passage.units),
             x,
-            (self._plan(running, stage.steps).geometry, len(cache.data) - 1),
+            (self._plan(running, stage.steps), len(cache.data) - 1),
             passage.patches,
             passage.step(self._ops, cache),
         )

@@ -176,6 +176,37 @@ struct DetourCall {
   Detour detours[1];  // `count` of them follow, with disjoint rows
 };
 
+// Of y [rows, groups * sum of the parts' widths] each group has one of every part, side by side.
+struct SplitPart {
+  float* out;  // [rows, groups * width]
+  int64_t width;
+};
+
+struct SplitCall {
+  const float* y;
+  int64_t rows, groups, count;
+  SplitPart parts[1];  // `count` of them follow
+};
+
+// Operations that a step was made of, to be run again in their order.
+enum class Operation : int64_t {
+  kProject = 0,
+  kAttend = 1,
+  kActivate = 2,
+  kAddNorm = 3,
+  kSplit = 4,
+};
+
+struct Replayed {
+  Operation operation;
+  const void* call;  // its record
+};
+
+struct ReplayCall {
+  int64_t count;
+  Replayed calls[1];  // `count` of them follow
+};
+
 struct SelectCall {
   const float* logits;  // [rows, width]
   int64_t rows, width, k;

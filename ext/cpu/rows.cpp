@@ -1,5 +1,6 @@
-// Operations on whole rows: adding what was normed, and multiplying by vectors.
+// Operations on whole rows: adding what was normed, multiplying by vectors, taking rows apart.
 #include <algorithm>
+#include <cstring>
 
 #include "exports.h"
 #include "norm.h"
@@ -33,6 +34,25 @@ void blockllm_scale(Pool* pool, const ScaleCall* call) {
     for (int64_t r = gain.first; r < gain.last; ++r) {
       float* x = call->x + r * call->width;
       for (int64_t i = 0; i < call->width; ++i) x[i] *= gain.vector[i];
+    }
+  });
+}
+
+void blockllm_split(Pool* pool, const SplitCall* call) {
+  int64_t width = 0;
+  for (int64_t p = 0; p < call->count; ++p) width += call->parts[p].width;
+  const int64_t stride = call->groups * width, rows = std::max<int64_t>(1, kGrain / stride);
+  pool->run((call->rows + rows - 1) / rows, [&](int64_t task) {
+    for (int64_t r = task * rows; r < std::min(call->rows, (task + 1) * rows); ++r) {
+      const float* from = call->y + r * stride;
+      for (int64_t g = 0; g < call->groups; ++g) {
+        for (int64_t p = 0; p < call->count; ++p) {
+          const SplitPart& part = call->parts[p];
+          std::memcpy(part.out + (r * call->groups + g) * part.width, from,
+                      static_cast<size_t>(part.width) * sizeof(float));
+          from += part.width;
+        }
+      }
     }
   });
 }

@@ -17,6 +17,7 @@ from ext.cuda.parcel import Parcel
 from ext.cuda.patches import Form, as_prepared, drafted, room
 from ext.cuda.plan import CudaPlan, Layout, StaticPlan
 from ext.ops import Geometry, Patch
+from ext.replays import Counts
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _FEWEST_PAGES = 16
@@ -71,14 +72,6 @@ class _Captured:
         step(self.x, self.plan.plan, self.patches)
 
 
-@dataclass(slots=True)
-class Counts:
-    """How often steps were captured, and how often one was replayed."""
-
-    captured: int = 0
-    replayed: int = 0
-
-
 @dataclass(frozen=True, slots=True)
 class _Key:
     units: tuple[int, ...]
@@ -90,7 +83,7 @@ class _Key:
 @dataclass(eq=False)
 class Graphs:
     """Captured decode steps of one device; at most `capacity` of them are kept. See
-    `ext.ops.Replays`."""
+    `ext.replays.Replays`."""
 
     device: torch.device
     capacity: int = 64
@@ -107,12 +100,13 @@ class Graphs:
         self,
         units: tuple[int, ...],
         x: Tensor,
-        batch: tuple[Geometry, int],
+        batch: tuple[CudaPlan, int],
         patches: Sequence[Patch | None],
         step: Step,
     ) -> bool:
-        """See `ext.ops.Replays.run`."""
-        geometry, scratch = batch
+        """See `ext.replays.Replays.run`."""
+        plan, scratch = batch
+        geometry = plan.geometry
         bucket = next((b for b in BUCKETS if b >= len(x)), None)
         if bucket is None:
             return False
@@ -138,7 +132,7 @@ class Graphs:
         return True
 
     def retain(self, keeps: Callable[[tuple[int, ...]], bool]) -> None:
-        """See `ext.ops.Replays.retain`."""
+        """See `ext.replays.Replays.retain`."""
         for key in [key for key in self._kept if not keeps(key.units)]:
             del self._kept[key]
         for captured in self._kept.values():

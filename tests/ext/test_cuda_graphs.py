@@ -78,7 +78,7 @@ def assert_replays(
     layer.step(expected, OPS.plan(place), patches)
     pages = layer.cache.data.clone()
     layer.cache.data.copy_(before)
-    assert graphs.run((1,), x, (place, SCRATCH), patches, layer.step)
+    assert graphs.run((1,), x, (OPS.plan(place), SCRATCH), patches, layer.step)
     torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(layer.cache.data[:SCRATCH], pages[:SCRATCH])
 
@@ -129,6 +129,6 @@ def test_the_least_used_capture_leaves_and_too_large_a_batch_is_left_alone() -> 
     assert len(graphs) == 2
     x = random(300, HIDDEN)
     untouched = x.clone()
-    batch = (geometry([2] * 300), SCRATCH)
+    batch = (OPS.plan(geometry([2] * 300)), SCRATCH)
     assert not graphs.run((1,), x, batch, plain, layer.step)
     assert torch.equal(x, untouched)

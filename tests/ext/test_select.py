@@ -15,16 +15,18 @@ from ext.select import select_ops, select_replays
 def test_a_cpu_has_its_own_kernels_unless_torch_is_asked_for(wanted: str, name: str) -> None:
     ops = select_ops("cpu", wanted, 1)
     assert (ops.name, ops.device.type) == (name, "cpu")
-    assert select_replays(ops) is None
 
 
-def test_steps_are_captured_for_the_cuda_kernels() -> None:
+def test_steps_are_captured_for_native_kernels() -> None:
     pytest.importorskip("triton", reason="needs triton")
     from ext.cuda.ops import CudaOps
 
-    replays = select_replays(CudaOps("cuda" if torch.cuda.is_available() else "cpu"))
-    assert replays is not None
-    assert (replays.counts.captured, replays.counts.replayed) == (0, 0)
+    assert select_replays(select_ops("cpu", "torch", 1)) is None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for ops in (select_ops("cpu", "native", 1), CudaOps(device)):
+        replays = select_replays(ops)
+        assert replays is not None
+        assert (replays.counts.captured, replays.counts.replayed) == (0, 0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")

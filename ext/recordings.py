@@ -1,0 +1,148 @@
+"""Decode steps recorded as lists of native calls: one foreign call runs a step again.
+
+A recorded step reads activations, a plan and patches at addresses that stay; each replay puts those
+of its batch there. Recordings are of one number of rows, are made when first wanted, and leave by
+least recent use.
+"""
+
+import ctypes
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+
+from torch import Tensor
+
+from ext import native
+from ext.cpu import CpuOps
+from ext.ops import Opaque, Patch
+from ext.patch import patch_address
+from ext.plan import CpuPlan
+from ext.replays import Counts
+from ext.tape import Tape, Workspace
+
+# Some units over activations x [rows, hidden], in place, with one patch for each linear of theirs.
+Step = Callable[[Tensor, CpuPlan, Sequence[Patch | None]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Key:
+    units: tuple[int, ...]
+    rows: int
+
+
+class _Recorded:
+    """The records of a tape, one behind the other, and the call that names them all. `owner` is the
+    step, which keeps what they point at."""
+
+    def __init__(self, tape: Tape, patches: Sequence[Patch], owner: Step) -> None:
+        self.layers, self.positions = tape.layers, tape.positions
+        self._owner = owner
+        ends = list(accumulate((len(record) for _, record in tape.calls), initial=0))
+        self._records = native.Record(b"".join(record for _, record in tape.calls))
+        self._slots: list[tuple[int, Opaque] | None] = [
+            None if slot is None else (ends[slot.call] + slot.offset, slot.matrix)
+            for slot in (tape.slots.get(id(patch)) for patch in patches)
+        ]
+        self._loaded: Sequence[Patch | None] | None = None
+        calls = (
+            native.REPLAYED.pack(operation, self._records.address + end)
+            for (operation, _), end in zip(tape.calls, ends, strict=False)
+        )
+        self.call = native.Record(native.REPLAY.pack(len(tape.calls)) + b"".join(calls))
+
+    def load(self, patches: Sequence[Patch | None], rows: int, ops: CpuOps) -> None:
+        """Let the linears have these patches."""
+        # A caller keeps its patches while the same rows decode.
+        if patches is self._loaded:
+            return
+        self._loaded = None
+        for slot, patch in zip(self._slots, patches, strict=True):
+            if slot is not None:
+                offset, matrix = slot
+                address = patch_address(patch, rows, matrix, ops.packing)
+                native.POINTER.pack_into(self._records.data, offset, address)
+        self._loaded = patches
+
+
+@dataclass(eq=False)
+class Recordings:
+    """Recorded decode steps over some kernels; at most `capacity` of them are kept. See
+    `ext.replays.Replays`."""
+
+    ops: CpuOps
+    capacity: int = 256
+    counts: Counts = field(default_factory=Counts)
+
+    def __post_init__(self) -> None:
+        self._kept: OrderedDict[_Key, _Recorded] = OrderedDict()
+        self._workspace = Workspace()
+        self._streams: dict[tuple[int, int], Tensor] = {}
+        self._plan = native.Record(bytes(native.PLAN.size))
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def run(
+        self,
+        units: tuple[int, ...],
+        x: Tensor,
+        batch: tuple[CpuPlan, int],
+        patches: Sequence[Patch | None],
+        step: Step,
+    ) -> bool:
+        """See `ext.replays.Replays.run`."""
+        rows, (plan, _) = len(x), batch
+        ctypes.memmove(self._plan.address, plan.record.address, native.PLAN.size)
+        stream = self._stream(*x.shape)
+        stream.copy_(x)
+        key = _Key(units, rows)
+        recorded = self._kept.get(key)
+        if recorded is None:
+            recorded = self._record(stream, replace(plan, record=self._plan), patches, step)
+            self._keep(key, recorded)
+        else:
+            if plan.num_layers < recorded.layers or plan.num_positions > recorded.positions:
+                raise ValueError(
+                    f"position {plan.num_positions - 1} of {plan.num_layers} layers lies beyond"
+                    " what was recorded"
+                )
+            self._kept.move_to_end(key)
+            recorded.load(patches, rows, self.ops)
+            self.ops.replay(recorded.call)
+            self.counts.replayed += 1
+        x.copy_(stream)
+        return True
+
+    def retain(self, keeps: Callable[[tuple[int, ...]], bool]) -> None:
+        """See `ext.replays.Replays.retain`."""
+        for key in [key for key in self._kept if not keeps(key.units)]:
+            del self._kept[key]
+
+    def _record(
+        self, stream: Tensor, plan: CpuPlan, patches: Sequence[Patch | None], step: Step
+    ) -> _Recorded:
+        """Run a step, noting what it calls. Each linear has a patch of its own meanwhile, so that
+        its place is known."""
+        own = [Patch((), ()) if patch is None else replace(patch) for patch in patches]
+        with self.ops.taped(self._workspace) as tape:
+            step(stream, plan, own)
+        for patch, other in zip(patches, own, strict=True):
+            if patch is not None:
+                patch.prepared = other.prepared
+        recorded = _Recorded(tape, own, step)
+        recorded.load(patches, len(stream), self.ops)
+        return recorded
+
+    def _keep(self, key: _Key, recorded: _Recorded) -> None:
+        self.counts.captured += 1
+        self._kept[key] = recorded
+        if len(self._kept) > self.capacity:
+            self._kept.popitem(last=False)
+
+    def _stream(self, rows: int, hidden: int) -> Tensor:
+        """Activations at an address that stays; fewer rows lie within memory for more."""
+        most = 1 << (rows - 1).bit_length()
+        if (most, hidden) not in self._streams:
+            self._streams[most, hidden] = self._workspace.empty(most, hidden)
+        return self._streams[most, hidden][:rows]

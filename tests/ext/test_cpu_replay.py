@@ -1,0 +1,191 @@
+"""Decode steps as lists of native calls: a replay gives the very bits of the step unit by unit."""
+
+import gc
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ext.build import supported
+from ext.cpu import CpuOps
+from ext.ops import Attention, Cache, Finish, Geometry, Linear, LoraSegment, Norm, Patch, Place
+from ext.plan import CpuPlan
+from ext.recordings import Recordings
+
+pytestmark = pytest.mark.skipif(not supported(), reason="needs AVX2, FMA and F16C")
+
+HIDDEN, HEADS, KV_HEADS, DIM, INNER = 48, 4, 2, 12, 80
+WIDTH, KV_WIDTH = HEADS * DIM, KV_HEADS * DIM
+LAYERS, PAGES, POSITIONS = 2, 61, 600
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(*shape)
+
+
+class Layer:
+    """A whole layer of random weights: q, k, v apart and a gated MLP; or (`fused`) together, by
+    heads, with norms behind both halves."""
+
+    def __init__(self, ops: CpuOps, *, fused: bool) -> None:
+        torch.manual_seed(0)
+        self.ops, self.fused = ops, fused
+        self.norms = [Norm("rms", 1e-6, random(HIDDEN)) for _ in range(4)]
+        sizes = [WIDTH + 2 * KV_WIDTH] if fused else [WIDTH, KV_WIDTH, KV_WIDTH]
+        self.inputs = [self.linear(size, HIDDEN) for size in sizes]
+        self.output = self.linear(HIDDEN, WIDTH)
+        self.inner = [self.linear(size, HIDDEN) for size in ([2 * INNER] if fused else [INNER] * 2)]
+        self.down = self.linear(HIDDEN, INNER)
+        rotary = ops.rotary([0.1] * (DIM // 2), 1.0, False, POSITIONS)
+        self.how = Attention(DIM**-0.5, rotary, q_norm=Norm("rms", 1e-6, random(DIM)), window=200)
+        self.cache = Cache(random(PAGES, 2, 16, KV_HEADS, DIM))
+
+    def linear(self, out: int, width: int) -> Linear:
+        return Linear(self.ops.matrix((random(out, width) / 7).bfloat16()), random(out))
+
+    @property
+    def linears(self) -> list[Linear]:
+        return [*self.inputs, self.output, *self.inner, self.down]
+
+    def step(self, x: Tensor, plan: CpuPlan, patches: Sequence[Patch | None]) -> None:
+        ops, given, n = self.ops, list(patches), len(self.inputs)
+        parts = ops.project(x, self.norms[0], self.inputs, given[:n])
+        if self.fused:
+            widths = (WIDTH // KV_HEADS, DIM, DIM)
+            parts = ops.split(parts[0], KV_HEADS, widths)
+        q, k, v = parts
+        y = ops.attend(q, k, v, self.how, Place(self.cache, 1, plan))
+        self.add(x, y, self.output, given[n], self.norms[1])
+        if self.fused:
+            (both,) = ops.project(x, self.norms[2], self.inner, given[n + 1 : -1])
+            gate, up = ops.split(both, 1, (INNER, INNER))
+            y = ops.activate(gate, up, "gelu")
+        else:
+            y = ops.project_gated(x, self.norms[2], self.inner, given[n + 1 : -1], "silu")
+        self.add(x, y, self.down, given[-1], self.norms[3])
+
+    def add(self, x: Tensor, y: Tensor, linear: Linear, patch: Patch | None, norm: Norm) -> None:
+        if not self.fused:
+            self.ops.accumulate(x, y, linear, patch)
+            return
+        (added,) = self.ops.project(y, None, [linear], [patch])
+        self.ops.add_norm(x, added, norm)
+
+
+@pytest.fixture(scope="module")
+def ops() -> CpuOps:
+    return CpuOps(threads=2)
+
+
+def geometry(contexts: list[int]) -> Geometry:
+    pages = max(contexts) // 16 + 1
+    taken = np.arange(len(contexts) * LAYERS * pages, dtype=np.int32)
+    tables = taken.reshape(len(contexts), LAYERS, pages) % PAGES
+    return Geometry(np.arange(len(contexts) + 1, dtype="i4"), np.array(contexts, "i4"), tables)
+
+
+def nothing(layer: Layer) -> list[Patch | None]:
+    return [None] * len(layer.linears)
+
+
+def adapters(layer: Layer, runs: list[tuple[int, int, int]]) -> list[Patch | None]:
+    """On every other linear: low-rank pieces for rows [first, last), of a rank each, and gains."""
+    patches = nothing(layer)
+    for i in range(0, len(patches), 2):
+        matrix = layer.linears[i].weight
+        out, width = matrix.out_features, matrix.in_features
+        segments = tuple(
+            LoraSegment(first, last, random(rank, width), random(out, rank) / 9, 0.5)
+            for first, last, rank in runs
+        )
+        patches[i] = Patch(segments, tuple(Finish(a, b, random(out)) for a, b, _ in runs))
+    return patches
+
+
+def assert_replays(
+    recordings: Recordings, layer: Layer, contexts: list[int], patches: list[Patch | None]
+) -> None:
+    plan = layer.ops.plan(geometry(contexts))
+    x = random(len(contexts), HIDDEN)
+    before, expected = layer.cache.data.clone(), x.clone()
+    layer.step(expected, plan, patches)
+    pages = layer.cache.data.clone()
+    layer.cache.data.copy_(before)
+    assert recordings.run((id(layer),), x, (plan, 0), patches, layer.step)
+    assert torch.equal(x, expected)
+    assert torch.equal(layer.cache.data, pages)
+
+
+def counts(recordings: Recordings) -> tuple[int, int]:
+    return recordings.counts.captured, recordings.counts.replayed
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_recording_serves_every_batch_of_its_rows(ops: CpuOps, fused: bool) -> None:
+    recordings, layer = Recordings(ops), Layer(ops, fused=fused)
+    for contexts in ([3, 40, 100], [200, 1, 16], [1, 2, 3], [7], [300], [8, 9, 7]):
+        assert_replays(recordings, layer, contexts, nothing(layer))
+    assert counts(recordings) == (2, 4)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_whatever_rows_wear_is_exchanged(ops: CpuOps, fused: bool) -> None:
+    recordings, layer = Recordings(ops), Layer(ops, fused=fused)
+    worn = adapters(layer, [(0, 1, 1), (1, 2, 16), (2, 4, 9)])
+    for patches in (nothing(layer), adapters(layer, [(1, 2, 4)]), worn, nothing(layer), worn, worn):
+        assert_replays(recordings, layer, [3, 40, 100, 9], patches)
+    assert counts(recordings) == (1, 5)
+
+
+def test_a_patch_for_more_rows_than_there_are_is_refused_each_time(ops: CpuOps) -> None:
+    recordings, layer = Recordings(ops), Layer(ops, fused=False)
+    assert_replays(recordings, layer, [5, 6], nothing(layer))
+    plan, wide = ops.plan(geometry([5, 6])), adapters(layer, [(0, 3, 2)])
+    for _ in range(2):
+        with pytest.raises(ValueError, match="up to row 3 for 2 rows"):
+            recordings.run((id(layer),), random(2, HIDDEN), (plan, 0), wide, layer.step)
+    assert_replays(recordings, layer, [5, 6], adapters(layer, [(0, 2, 2)]))
+
+
+def test_positions_beyond_what_was_prepared_are_refused(ops: CpuOps) -> None:
+    recordings, layer = Recordings(ops), Layer(ops, fused=False)
+    assert_replays(recordings, layer, [POSITIONS], nothing(layer))
+    batch = (ops.plan(geometry([POSITIONS + 1])), 0)
+    with pytest.raises(ValueError, match="lies beyond"):
+        recordings.run((id(layer),), random(1, HIDDEN), batch, nothing(layer), layer.step)
+
+
+def test_recordings_share_memory_and_disturb_nobody(ops: CpuOps) -> None:
+    recordings = Recordings(ops)
+    layers = [Layer(ops, fused=fused) for fused in (False, True)]
+    for contexts in ([3, 4, 5], [30, 40], [50], [6, 7, 8], [9, 10]):
+        kept = [random(len(contexts), INNER) for _ in range(50)]
+        copies = [tensor.clone() for tensor in kept]
+        for layer in layers:
+            assert_replays(recordings, layer, contexts, nothing(layer))
+        assert all(map(torch.equal, kept, copies))
+    assert counts(recordings) == (6, 4)
+
+
+def test_the_least_used_recording_leaves_and_so_do_those_of_units_that_are_gone(
+    ops: CpuOps,
+) -> None:
+    recordings, layer = Recordings(ops, capacity=2), Layer(ops, fused=False)
+    for count in (1, 2, 3, 2):
+        assert_replays(recordings, layer, [4] * count, nothing(layer))
+    assert (len(recordings), counts(recordings)) == (2, (3, 1))
+    recordings.retain(lambda units: units != (id(layer),))
+    gc.collect()
+    assert len(recordings) == 0
+    assert_replays(recordings, layer, [4, 5], nothing(layer))
+
+
+def test_a_step_that_fails_leaves_no_recording(ops: CpuOps) -> None:
+    recordings, layer = Recordings(ops), Layer(ops, fused=False)
+    batch = (ops.plan(geometry([POSITIONS + 1])), 0)
+    with pytest.raises(ValueError, match="lies beyond"):
+        recordings.run((id(layer),), random(1, HIDDEN), batch, nothing(layer), layer.step)
+    assert len(recordings) == 0
+    assert_replays(recordings, layer, [4], nothing(layer))
