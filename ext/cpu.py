@@ -218,7 +218,7 @@ class CpuOps:
         mode: tuple[int, int],
     ) -> None:
         rows, width = x.shape
-        if rows == 0:
+        if rows == 0 or not linears:
             return
         norms = NormRecord(norm, width, rows)
         fields: list[int | float] = [

@@ -20,6 +20,7 @@ constexpr int64_t kTileTasksPerThread = 4;
 // that each thread has its own.
 constexpr int64_t kCutBytes = 1 << 20;
 constexpr int64_t kFewestRows = 32, kMostRows = 256;
+constexpr int64_t kForeseen = 256 << 10;  // bytes that a thread fetches of a call's weights
 
 // Where the sums of rows by groups of inputs go; null where no layer needs them.
 float* room_for_sums(const ProjectCall& call) {
@@ -247,10 +248,22 @@ int64_t chunks_of(const ProjectCall& call, bool has_tiles, int64_t threads) {
   return ceil_div(rows, std::clamp(kCutBytes / row_bytes / 32 * 32, kFewestRows, most));
 }
 
-// How many panels a task computes: enough sums to hide latencies, few enough to share them out.
-int64_t panels_per_job(int64_t rows, bool has_panels) {
-  if (!has_panels) return rows <= 8 ? 4 : 1;
-  return rows <= 8 ? 4 : rows <= 32 ? 2 : 1;
+// How many panels a task computes: enough sums to hide latencies, few enough to share them out, and
+// of tiles, which are computed one by one, as many for each thread.
+int64_t panels_per_job(const ProjectCall& call, bool has_panels, int64_t threads) {
+  if (has_panels) return call.rows <= 8 ? 4 : call.rows <= 32 ? 2 : 1;
+  const int64_t most = threads * (call.rows <= 8 ? 4 : 1);
+  const int64_t panels = panels_of(call.linears[0].matrix->out);
+  return ceil_div(panels, threads * ceil_div(panels, most));
+}
+
+Projection projection_of(const ProjectCall& call, int64_t threads) {
+  const LinearCall* end = call.linears + call.count;
+  const bool has_tiles = std::any_of(call.linears, end, in_tiles);
+  const bool has_panels = !std::all_of(call.linears, end, in_tiles);
+  const int64_t chunks = chunks_of(call, has_tiles, threads);
+  const int64_t panels = panels_per_job(call, has_panels, threads);
+  return {call, chunks, panels, has_panels, has_tiles, call.x};
 }
 
 bool has_segments(const LinearCall& linear) {
@@ -263,15 +276,29 @@ bool has_segments(const LinearCall& linear) {
 using namespace blockllm;
 
 void blockllm_project(Pool* pool, const ProjectCall* call) {
+  Projection p = projection_of(*call, pool->threads());
   const LinearCall* end = call->linears + call->count;
-  const bool has_tiles = std::any_of(call->linears, end, in_tiles);
-  const bool has_panels = !std::all_of(call->linears, end, in_tiles);
-  const int64_t panels = panels_per_job(call->rows, has_panels);
-  Projection p{*call, chunks_of(*call, has_tiles, pool->threads()), panels, has_panels, has_tiles};
   const bool norms = call->norm.kind != NormKind::kNone;
-  const bool reads_plain = has_panels || std::any_of(call->linears, end, has_segments);
+  const bool reads_plain = p.has_panels || std::any_of(call->linears, end, has_segments);
   float* plain = norms && reads_plain ? scratch<kRows>(call->rows * call->width) : nullptr;
-  p.plain = norms ? plain : call->x;
+  if (norms) p.plain = plain;
   p.group_sums = room_for_sums(*call);
   p.chunks == 1 ? project_one_chunk(pool, p, plain) : project_chunks(pool, p, plain);
+}
+
+void blockllm::foresee(Pool* pool, const ProjectCall& call) {
+  const Projection p = projection_of(call, pool->threads());
+  if (p.chunks > 1) return;
+  const Jobs jobs(p);
+  for (int thread = 0; thread < pool->threads(); ++thread) {
+    int64_t job = Pool::first_task(jobs.count(), thread, pool->threads()), i = jobs.first;
+    for (; i < call.count && job >= jobs.of_layer(i); ++i) job -= jobs.of_layer(i);
+    if (i == call.count) continue;
+    const Matrix& m = *call.linears[i].matrix;
+    if (is_grouped(m.storage)) continue;
+    const int64_t panels = panels_of(m.out), first = job * p.panels_per_job;
+    const int64_t bytes = blockllm_packed_bytes(m.out, m.in, static_cast<int64_t>(m.storage));
+    pool->foresee(thread, static_cast<const char*>(m.data) + bytes / panels * first,
+                  std::min(kForeseen, bytes / panels * (panels - first)));
+  }
 }

@@ -9,6 +9,11 @@
 
 namespace blockllm {
 
+class Pool;
+
+// Tells the threads what each will read first of a call that comes before long.
+void foresee(Pool* pool, const ProjectCall& call);
+
 // Rows per task, and up to how many are not divided.
 constexpr int64_t kChunk = 48;
 constexpr int64_t kOneChunk = 96;
