@@ -1,4 +1,4 @@
-"""Starts a worker: `python -m workers '<WorkerConfig as JSON>'`. Called by the engine's fleet.
+"""A worker as a process: its configuration, its socket, and the loop between them.
 
 Polls one DEALER socket beside the loop. Ends when the engine asks for a drain, or when its standard
 input closes, which means that the engine is gone.
@@ -28,15 +28,15 @@ from zoo.keeping.census import weigh
 
 _log = logging.getLogger(__name__)
 _IDLE_MS, _LOADING_MS = 200, 2
-# A step makes hundreds of calls that give up the interpreter's lock, and may wait that long to have
-# it back from the loader's threads.
+# A step that is no replay makes hundreds of calls that give up the interpreter's lock, and may wait
+# that long to have it back from the loader's threads.
 _SWITCH_S = 0.0005
 # Of a GPU's memory, for activations, captured steps and what attention keeps of split contexts.
 _WORKSPACE_BYTES = 5 << 28
 
 
-def main(argument: str) -> int:
-    """Serve until told to stop; the exit code."""
+def run(argument: str) -> int:
+    """Serve until told to stop, with a WorkerConfig as JSON; the exit code."""
     config = msgspec.json.decode(argument, type=wire.WorkerConfig)
     logging.basicConfig(
         level=config.log_level.upper(),
@@ -147,7 +147,3 @@ def _shares(config: wire.WorkerConfig) -> tuple[Shares, int]:
     shares = share(budget, known, config.kv_bytes, config.weight_bytes)
     available = psutil.virtual_memory().available
     return shares, parked(known, shares.weight_bytes, available, torch.cuda.device_count())
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
