@@ -25,23 +25,34 @@ class CpuPlan:
 
 def prepare(geometry: Geometry) -> CpuPlan:
     """Positions of rows, and the blocks of rows that attend together."""
-    starts, contexts = geometry.starts, geometry.contexts
-    counts = np.diff(starts)
-    sequences = np.arange(len(counts))
-    row_sequence = np.repeat(sequences, counts)
-    rows = np.arange(geometry.num_rows)
-    row_positions = rows + (contexts - starts[1:])[row_sequence]
-    blocks = -(-counts // _BLOCK_ROWS)
-    owner = np.repeat(sequences, blocks)
-    index = np.arange(len(owner)) - (np.cumsum(blocks) - blocks)[owner]
-    first = np.append(starts[:-1][owner] + index * _BLOCK_ROWS, geometry.num_rows)
+    contexts, num_rows = geometry.contexts, geometry.num_rows
+    first = np.arange(num_rows + 1)
+    if np.array_equal(geometry.starts, first):
+        # Each sequence has one row, as while all decode.
+        row_sequence, row_positions = first[:-1], contexts - 1
+    else:
+        row_sequence, row_positions, first = _divide(geometry)
     arrays = tuple(
         np.ascontiguousarray(array, dtype=np.int32)
         for array in (geometry.tables, row_sequence, row_positions, first)
     )
     _, layers, pages = geometry.tables.shape
     record = native.Record(
-        native.PLAN.pack(*(a.ctypes.data for a in arrays), len(rows), len(owner), layers, pages)
+        native.PLAN.pack(*(a.ctypes.data for a in arrays), num_rows, len(first) - 1, layers, pages)
     )
     last = int(contexts.max()) if len(contexts) else 0
-    return CpuPlan(geometry, len(rows), layers, last, arrays[2], arrays, record)
+    return CpuPlan(geometry, num_rows, layers, last, arrays[2], arrays, record)
+
+
+def _divide(geometry: Geometry) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The sequence and the position of each row, and the first row of each block and behind all."""
+    starts = geometry.starts
+    counts = np.diff(starts)
+    sequences = np.arange(len(counts))
+    row_sequence = np.repeat(sequences, counts)
+    row_positions = np.arange(geometry.num_rows) + (geometry.contexts - starts[1:])[row_sequence]
+    blocks = -(-counts // _BLOCK_ROWS)
+    owner = np.repeat(sequences, blocks)
+    index = np.arange(len(owner)) - (np.cumsum(blocks) - blocks)[owner]
+    first = np.append(starts[:-1][owner] + index * _BLOCK_ROWS, geometry.num_rows)
+    return row_sequence, row_positions, first

@@ -8,6 +8,7 @@ reads it, the runner fills the pages, and only this file changes a request's sta
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,8 +18,7 @@ from workers.prefix import Column, Hit, Key, PrefixCache, extend_hashes
 from workers.wire import RequestId, Sampling
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """Positions [first, last) that enter the chain at unit `depth`: 0, or a branch whose boundary
     activations the cache holds."""
 
