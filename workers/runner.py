@@ -198,9 +198,12 @@ class Runner:
             x = running.x(chain.width(stage.first))[rows]
         if not self._replay(running, stage, passage, x):
             x = passage.run(x, at)
-        made = stage.first == 0 or chain.width(stage.first) != chain.width(stage.last)
-        if made or not isinstance(stage.rows, slice):
-            running.x(chain.width(stage.last))[rows] = x
+        width = chain.width(stage.last)
+        made = stage.first == 0 or chain.width(stage.first) != width
+        if made and isinstance(stage.rows, slice) and len(x) == running.wave.num_rows:
+            running.streams[width] = x
+        elif made or not isinstance(stage.rows, slice):
+            running.x(width)[rows] = x
 
     def _passage(self, stage: Stage, chain: ServedChain) -> Passage:
         """A stage's units as `chain` holds them, and what its rows wear."""
