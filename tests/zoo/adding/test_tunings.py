@@ -17,12 +17,8 @@ from bench import adapters
 from bench.variants import randomize
 from tests import builders, tuned
 from tests.zoo.adding.test_add import assert_same_tensors
-from zoo.adapters.adapter import read_adapter
 from zoo.adding.add import AddOptions, add
-from zoo.adding.reference import noise, run
-from zoo.adding.witness import call_witness
 from zoo.catalog import Catalog
-from zoo.compose import ground_of
 from zoo.door import Manifests, offline
 from zoo.errors import BadAdapter, BadSource, NotEqual, ZooError
 from zoo.export import export
@@ -250,22 +246,6 @@ def test_the_golden_check_refuses_a_chain_that_is_not_its_source(bases: Path, tm
         put(bases, source, "llama")
     assert set(Store(bases / "zoo").digests()) == before
     assert put(bases, source, "llama", golden=False).golden is None
-
-
-def test_what_rounding_does_is_measured_on_the_source_itself(bases: Path):
-    model = AutoModelForCausalLM.from_pretrained(bases / "llama", dtype=torch.float32).eval()
-    assert 0 < noise(run(model, [TOKENS])) < ROUNDING
-
-
-@pytest.mark.parametrize("kind", [*adapters.BOTTLENECKS])
-def test_rounding_is_measured_beside_bottlenecks_too(bases: Path, tmp_path: Path, kind: str):
-    source = adapters.make(kind, tmp_path / "source", bases / "llama")
-    catalog, store = Catalog(bases / "zoo"), Store(bases / "zoo")
-    base = catalog.variant("llama")
-    units = [catalog.unit(unit) for unit in catalog.chain(base.chain).units]
-    adapter = read_adapter(source, str(source))
-    model = call_witness(store, base, adapter, ground_of(store, base, units), 0)
-    assert 0 < noise(run(model, [TOKENS])) < ROUNDING
 
 
 def test_weighted_adapters_add_up_as_peft_adds_them(bases: Path, tmp_path: Path):
