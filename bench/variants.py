@@ -83,12 +83,14 @@ def full(base: Checkpoint, target: Path, *, seed: int) -> Path:
 
 
 def randomize(model: torch.nn.Module, seed: int) -> None:
-    """Give every trainable parameter small random values: fresh adapters start without effect."""
+    """Give every trainable parameter small random values: fresh adapters start without effect.
+    Whole modules are copies of the base's, and are moved by as much."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+                drawn = torch.randn(parameter.shape, generator=generator) * 0.05
+                parameter.copy_(parameter + drawn if "modules_to_save" in name else drawn)
 
 
 def _tuned(base: Checkpoint, target: Path, seed: int, is_tuned: Callable[[str], bool]) -> Path:

@@ -4,7 +4,8 @@
 tensors are there already), `ratio` the one over the other; `add` is the time of the import with its
 golden check, `load` the worker's for what it did not hold yet. `how`: exact (by the golden check,
 with the largest difference of logits relative to theirs), or measured (mean KL and agreement).
-Adapters are random and small, made by peft itself.
+Adapters are random and small, made by peft itself. Then all of them answer in mixed batches, and
+alone, and tokens and logits are compared with transformers and peft (`bench.scenarios.parity`).
 """
 
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from bench import adapters
 from bench.result import Result
+from bench.scenarios import parity
 from bench.stage import Stage
 from bench.variants import Checkpoint, full, last_layers
 from zoo.adding.add import AddOptions, add
@@ -54,7 +56,7 @@ class _Added:
 
 
 def run(stage: Stage) -> Iterator[Result]:
-    """One row per variant, and one for them all."""
+    """One row per variant, one for them all, and then what they answer."""
     with stage.zoos.checkpoint() as base, tempfile.TemporaryDirectory() as folder:
         zoo = Path(folder, "zoo")
         added = list(_fill(stage, zoo, base, Path(folder, "scratch")))
@@ -62,6 +64,7 @@ def run(stage: Stage) -> Iterator[Result]:
             loads = {v["name"]: float(v["load_seconds"]) for v in server.status()["variants"]}
         yield from (_row(one, loads[one.variant.name]) for one in added)
         yield _total(zoo, added, loads)
+        yield from parity.check(stage, zoo, *((2, 1) if stage.quick else (8, 2)))
 
 
 def _fill(stage: Stage, zoo: Path, base: Checkpoint, scratch: Path) -> Iterator[_Added]:

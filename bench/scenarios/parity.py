@@ -1,77 +1,147 @@
-"""Tokens against the reference: every variant of the zoo that was given, greedy, float32, 64
-tokens.
+"""Tokens and logits against the reference: every variant of the zoo that was given, greedy,
+float32, 64 tokens.
 
 The prompts run in mixed batches of 32 over all variants, and some of them again alone. Each answer
 is judged by the whole model in transformers (with peft for adapters), fed the tokens that were
 emitted: a token is `wrong` where the model's best logit is ahead of it by at least 1e-3, and a
-`near tie` where it is ahead by less."""
+`near tie` where it is ahead by less. The beginnings of one answer per variant then run as one
+batch in this process, and each alone: `logits mixed` and `logits alone` are their departures, as
+the golden check understands them, `bound` the largest that passes. What is stored approximately is
+in the batches and is not judged.
+"""
 
 import asyncio
 import random
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
 
-import torch
 import uvloop
-from transformers import AutoModelForCausalLM
+from torch import Tensor, nn, tensor
 
+from bench.reference import References
 from bench.result import Result
 from bench.stage import Stage
 from engine.client import AsyncClient
+from zoo.adding.golden import departure
+from zoo.adding.reference import run as run_whole
 from zoo.catalog import Catalog
-from zoo.export import export
+from zoo.door import offline
+from zoo.equivalence.chains import manifests_of
 from zoo.manifest import Variant
-from zoo.progress import Quiet
 
 TOKENS, TOGETHER, TIE = 64, 32, 1e-3
+# Of one step of a worker: what fits runs at once.
+_ROWS = 512
 Answer = tuple[str, list[int], list[int]]
 
 
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """What the server answered in mixed batches and to one after the other, and how often blocks
+    ran rows of several variants."""
+
+    mixed: Sequence[Answer]
+    alone: Sequence[Answer]
+    merged: int
+
+    def of(self, name: str) -> list[Answer]:
+        """A variant's answers in mixed batches."""
+        return [answer for answer in self.mixed if answer[0] == name]
+
+    def moved(self, name: str) -> int:
+        """How many of a variant's answers are others alone."""
+        return sum(one[0] == name and one not in self.mixed for one in self.alone)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ran:
+    """The beginning of an answer, and its logits in a batch of all variants and alone."""
+
+    tokens: list[int]
+    mixed: Tensor
+    alone: Tensor
+
+
 def run(stage: Stage) -> Iterator[Result]:
-    """One cell per variant."""
-    zoo = stage.zoos.given
+    """One cell per variant of the zoo that was given."""
+    return check(stage, stage.zoos.given, *((4, 1) if stage.quick else (20, 3)))
+
+
+def check(stage: Stage, zoo: Path, count: int, alone: int) -> Iterator[Result]:
+    """One cell per variant of a zoo: `count` prompts each in the mix, `alone` of them alone."""
     with closing(Catalog(zoo)) as catalog:
         served = catalog.variants()
-    count, alone = (4, 1) if stage.quick else (20, 3)
-    asked = [(v.name, prompt) for v in served for prompt in prompts_for(v.name, count)]
+    said = _said(stage, zoo, [variant.name for variant in served], (count, alone))
+    exact = [variant for variant in served if variant.store == "exact"]
+    stage.say(f"parity: logits of {len(exact)} variants in one batch")
+    ran = _logits(zoo, exact, said)
+    with tempfile.TemporaryDirectory(prefix="blockllm-parity-") as scratch:
+        references = References(zoo, Path(scratch))
+        for variant in exact:
+            stage.say(f"parity: judging {variant.name}")
+            yield _cell(variant, references.of(variant), said, ran[variant.name])
+
+
+def _said(stage: Stage, zoo: Path, names: Sequence[str], counts: tuple[int, int]) -> _Said:
+    asked, again = ([(n, p) for n in names for p in prompts_for(n, c)] for c in counts)
     random.Random(0).shuffle(asked)
-    again = [(v.name, prompt) for v in served for prompt in prompts_for(v.name, alone)]
     with stage.server(zoo) as server:
         stage.say(f"parity: {len(asked)} prompts in mixed batches of {TOGETHER}")
         mixed = uvloop.run(ask_all(server.endpoint, asked, TOGETHER))
         stage.say(f"parity: {len(again)} of them alone")
         single = uvloop.run(ask_all(server.endpoint, again, 1))
         merged = sum(block["merged_runs"] for block in server.status()["blocks"])
-    with tempfile.TemporaryDirectory(prefix="blockllm-parity-") as scratch:
-        for variant in served:
-            stage.say(f"parity: judging {variant.name}")
-            model = _reference(zoo, variant, Path(scratch))
-            judged = [_judge(model, answer) for answer in mixed if answer[0] == variant.name]
-            moved = [a for a in single if a[0] == variant.name and a not in mixed]
-            yield _cell(variant, judged, len(moved), merged)
+    return _Said(mixed, single, merged)
 
 
-def _cell(variant: Variant, judged: list[tuple[int, int]], moved: int, merged: int) -> Result:
-    wrong, ties = (sum(column) for column in zip(*judged, strict=True))
+def _logits(zoo: Path, variants: Sequence[Variant], said: _Said) -> Mapping[str, _Ran]:
+    """All variants in one step, as long as their number allows, and each alone."""
+    length = max(2, _ROWS // len(variants))
+    with closing(Catalog(zoo)) as catalog, offline(zoo) as door:
+        models = {one.name: door.load(manifests_of(catalog, one)) for one in variants}
+        tokens: dict[str, list[int]] = {}
+        for name in models:
+            _, prompt, answer = said.of(name)[0]
+            tokens[name] = [*prompt, *answer][-length:]
+        mixed = door.logits([(model, tokens[name]) for name, model in models.items()])
+        return {
+            name: _Ran(tokens[name], together, model.logits([tokens[name]])[0])
+            for (name, model), together in zip(models.items(), mixed, strict=True)
+        }
+
+
+def _cell(variant: Variant, model: nn.Module, said: _Said, ran: _Ran) -> Result:
+    name, answers = variant.name, said.of(variant.name)
+    wrong, ties = (sum(counts) for counts in zip(*(_judge(model, a) for a in answers), strict=True))
+    expected = run_whole(model, [ran.tokens])
+    mixed = departure([ran.mixed], expected)
+    # The model may be float64 by now: what is expected is not asked for again.
+    alone = departure([ran.alone], expected) if not ran.alone.equal(ran.mixed) else mixed
+    moved = said.moved(name)
     return Result(
         scenario="parity",
-        cell=variant.name,
+        cell=name,
         figures={
             "kind": variant.kind,
-            "prompts": len(judged),
-            "tokens": len(judged) * TOKENS,
+            "prompts": len(answers),
+            "tokens": len(answers) * TOKENS,
             "wrong": wrong,
             "near ties": ties,
             "other answers alone": moved,
-            "merged runs": merged,
+            "merged runs": said.merged,
+            "logits mixed": mixed.error,
+            "logits alone": alone.error,
+            "bound": mixed.bound,
         },
         checks={
-            f"{variant.name}: tokens equal the model's": wrong == 0,
-            f"{variant.name}: alone as in the mix": moved == 0,
-            f"{variant.name}: batches merged variants": merged > 0,
+            f"{name}: tokens equal the model's": wrong == 0,
+            f"{name}: alone as in the mix": moved == 0,
+            f"{name}: batches merged variants": said.merged > 0,
+            f"{name}: logits are the model's, mixed and alone": mixed.passes and alone.passes,
         },
     )
 
@@ -101,25 +171,10 @@ async def ask_all(endpoint: str, asked: Sequence[tuple[str, str]], at_once: int)
     return [task.result() for task in tasks]
 
 
-def _reference(zoo: Path, variant: Variant, scratch: Path) -> torch.nn.Module:
-    """The variant as transformers and peft make it of what the zoo exports."""
-    folder = export(zoo, variant.name, scratch / variant.name, Quiet())
-    if not (folder / "adapter_config.json").exists():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    from peft import PeftModel
-
-    assert variant.base is not None
-    base = scratch / variant.base
-    if not base.exists():
-        export(zoo, variant.base, base, Quiet())
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    return PeftModel.from_pretrained(model, folder).eval()
-
-
-def _judge(model: torch.nn.Module, answer: Answer) -> tuple[int, int]:
+def _judge(model: nn.Module, answer: Answer) -> tuple[int, int]:
     """Tokens of an answer that are wrong, and those chosen at a near tie."""
     _, prompt, tokens = answer
-    with torch.inference_mode():
-        logits = model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1]
-    behind = logits.amax(1) - logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    (whole,) = run_whole(model, [[*prompt, *tokens]]).logits
+    logits = whole[len(prompt) - 1 : -1]
+    behind = logits.amax(1) - logits.gather(1, tensor(tokens)[:, None])[:, 0]
     return int((behind >= TIE).sum()), int(((behind > 0) & (behind < TIE)).sum())

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from bench import adapters
-from tests import builders, tuned
+from bench import adapters, reference
+from tests import builders
 from tests.workers.local import LocalWorker
 from zoo.adding.add import AddOptions, add
 from zoo.catalog import Catalog
@@ -59,7 +59,7 @@ def fleet(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     _put(made, FULL, full, AutoModelForCausalLM.from_pretrained(full).eval())
     for kind in [*adapters.KINDS, *adapters.BOTTLENECKS, MERGED]:
         source = adapters.make(kind, folder / kind, base, seed=len(made.names))
-        _put(made, kind, source, tuned.load(base, source))
+        _put(made, kind, source, reference.load(base, source))
     return made
 
 

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from bench import adapters
+from bench import adapters, reference
 from bench.variants import randomize
-from tests import builders, tuned
+from tests import builders
 from tests.zoo.adding.test_add import assert_same_tensors
 from zoo.adding.add import AddOptions, add
 from zoo.catalog import Catalog
@@ -108,7 +108,7 @@ def test_a_kind_is_proven_and_comes_back_bit_equal(
 def test_a_tied_head_takes_what_peft_gives_it(bases: Path, tmp_path: Path, kind: str):
     source = adapters.make(kind, tmp_path / "source", bases / "tied")
     variant = put(bases, source, "tied")
-    wanted = reference_logits(tuned.load(bases / "tied", source), TOKENS)
+    wanted = reference_logits(reference.load(bases / "tied", source), TOKENS)
     given = logits_of(bases / "zoo", variant, TOKENS)
     assert float((given - wanted).abs().max() / wanted.abs().max()) < ROUNDING
 
@@ -122,7 +122,7 @@ def test_a_kind_without_pieces_is_merged_exactly(bases: Path, tmp_path: Path, ki
     assert variant.kind == f"merged:{kind.partition(':')[0]}"
     assert variant.report["changed"] > 0
     assert any("MB of its weights are the variant's own" in remark for remark in told.remarks)
-    wanted = reference_logits(tuned.load(bases / "llama", source), TOKENS)
+    wanted = reference_logits(reference.load(bases / "llama", source), TOKENS)
     given = logits_of(root, variant, TOKENS)
     assert float((given - wanted).abs().max() / wanted.abs().max()) < ROUNDING
     assert_same_tensors(source, export(root, "tuned", tmp_path / "out", Quiet()))
@@ -272,7 +272,7 @@ def test_weighted_adapters_add_up_as_peft_adds_them(bases: Path, tmp_path: Path)
     given = logits_of(root, variant, TOKENS)
     assert float((given - wanted).abs().max() / wanted.abs().max()) < ROUNDING
     out = export(root, "sum", tmp_path / "out", Quiet())
-    again = reference_logits(tuned.load(bases / "llama", out), TOKENS)
+    again = reference_logits(reference.load(bases / "llama", out), TOKENS)
     assert float((again - wanted).abs().max() / wanted.abs().max()) < ROUNDING
 
 
