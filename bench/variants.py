@@ -82,6 +82,24 @@ def full(base: Checkpoint, target: Path, *, seed: int) -> Path:
     return _tuned(base, target, seed, lambda name: True)
 
 
+def as_granite(base: Checkpoint, target: Path) -> Path:
+    """The weights of a Llama as a Granite that multiplies by 1 everywhere: the same function, as
+    an architecture of transformers' that we have no file for."""
+    shutil.copytree(base.folder, target)
+    config = base.config
+    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    changed = {
+        "model_type": "granite",
+        "architectures": ["GraniteForCausalLM"],
+        "attention_multiplier": head**-0.5,
+        "embedding_multiplier": 1.0,
+        "residual_multiplier": 1.0,
+        "logits_scaling": 1.0,
+    }
+    (target / "config.json").write_text(json.dumps(config | changed))
+    return target
+
+
 def randomize(model: torch.nn.Module, seed: int) -> None:
     """Give every trainable parameter small random values: fresh adapters start without effect.
     Whole modules are copies of the base's, and are moved by as much."""

@@ -9,6 +9,7 @@
     many    the base, eight LoRA adapters, and seven full fine-tunes that were really trained, exact
     adding  the base and one variant of each kind that a server is given while it serves
     derived the base and what was made of it: surrogates, joined chains
+    foreign the base, and its weights as an architecture that has no file of its own
     tiny    a model of four narrow layers with the base's vocabulary and variants of every kind, for
             what concerns the engine and not the arithmetic
     empty   nothing
@@ -30,7 +31,7 @@ import torch
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from bench.tunes import Tunes
-from bench.variants import Checkpoint, full, last_layers, lora
+from bench.variants import Checkpoint, as_granite, full, last_layers, lora
 from zoo import demo
 from zoo.adding.add import AddOptions, add
 from zoo.catalog import Catalog, UnknownVariant
@@ -46,6 +47,7 @@ LORAS = tuple(f"lora-r{8 if number < 4 else 16}-{number}" for number in range(8)
 LAST = tuple(f"last-{number}" for number in range(7))
 FULLS = tuple(f"full-{number}" for number in range(7))
 FULL = "full"
+TWIN = "twin"
 _UPON_BASE = AddOptions(base=BASE)
 
 Make = Callable[[Checkpoint, Path], Path]
@@ -181,6 +183,11 @@ class Zoos:
     def derived(self) -> Path:
         """The base, for models that are made of it; what was made stays."""
         return self._fill("derived", {BASE: _itself})
+
+    @cached_property
+    def foreign(self) -> Path:
+        """The base twice: through our own layers, and through transformers'."""
+        return self._fill("foreign", {BASE: _itself, TWIN: as_granite}, AddOptions())
 
     @property
     def progress(self) -> Progress:
