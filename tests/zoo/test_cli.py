@@ -170,6 +170,7 @@ def test_damage_ends_with_1_and_names_the_variants(zoo: Zoo, filled: Path):
     assert done.returncode == 1
     assert f"damaged object {path.stem}: used by" in done.stdout
     assert "1 bad" in done.stdout
+    assert "add NAME SOURCE --replace" in done.stdout
 
 
 def test_a_busy_zoo_is_waited_for_and_then_given_up(zoo: Zoo, filled: Path):

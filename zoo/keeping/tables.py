@@ -161,13 +161,12 @@ def damage_lines(verdict: Verdict) -> list[str]:
         + (f"; found by {', '.join(damage.findings)}" if damage.findings else "")
         for damage in verdict.damages
     ]
-    bad = len(verdict.damages)
-    return [
-        *lines,
-        f"{verdict.checked} objects checked, {bad} bad"
-        if bad
-        else f"{verdict.checked} objects checked, all good",
-    ]
+    if not lines:
+        return [f"{verdict.checked} objects checked, all good"]
+    lines.append(f"{verdict.checked} objects checked, {len(lines)} bad")
+    if verdict.checked:
+        lines.append("adding again what they came from mends them: add NAME SOURCE --replace")
+    return lines
 
 
 def _family(row: VariantRow) -> str:
