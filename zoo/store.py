@@ -284,11 +284,14 @@ class Store:
         return not whole.is_file() and whole.with_suffix(_DIFFERENCE).is_file()
 
     def _is_kept_as_difference(self, digest: ObjectDigest, data: memoryview) -> bool:
-        """Whether the tensor is there as a difference and reads back as these bytes."""
+        """Whether the tensor is there as a difference that lost no bit, and reads back as these
+        bytes."""
         if not self._is_difference(digest):
             return False
+        from zoo.difference import is_intact
+
         try:
-            return self._reads_back(digest, data)
+            return is_intact(map_file(self.path(digest))) and self._reads_back(digest, data)
         except (DamagedObject, MissingObject):
             return False
 

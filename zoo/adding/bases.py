@@ -1,7 +1,7 @@
 """Which variant of the zoo a new one stands upon: as told, as its config says, or as its units
 show."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from zoo.adapters.adapter import CONFIG_NAME, Adapter
@@ -40,18 +40,31 @@ def told_base(catalog: Catalog, name: str) -> Variant:
 
 
 def closest(catalog: Catalog, units: Sequence[UnitDigest], name: str) -> Variant | None:
-    """The variant that has most of these units too, if any; not the one that `name` replaces, nor
-    what was made here of another, which nobody trains on."""
+    """The variant that has most of these units too, if any; not the one that `name` replaces or
+    what stands upon it, nor what was made here of another, which nobody trains on."""
     wanted = set(units)
     best: tuple[int, Variant] | None = None
-    for variant in sorted(catalog.variants(), key=lambda variant: variant.created):
+    known = catalog.variants()
+    bases = {variant.name: variant.base for variant in known}
+    for variant in sorted(known, key=lambda variant: variant.created):
         made_here = variant.kind in _MADE_HERE
-        if variant.name == name or made_here or not _is_whole(catalog, variant):
+        upon = name in _line_of(variant.name, bases)
+        if upon or made_here or not _is_whole(catalog, variant):
             continue
         shared = len(wanted.intersection(catalog.chain(variant.chain).units))
         if shared and (best is None or shared > best[0]):
             best = (shared, variant)
     return best[1] if best else None
+
+
+def _line_of(name: str, bases: Mapping[str, str | None]) -> list[str]:
+    """A variant, its base, the base's base and so on."""
+    line: list[str] = []
+    at: str | None = name
+    while at is not None and at not in line:
+        line.append(at)
+        at = bases.get(at)
+    return line
 
 
 def _is_whole(catalog: Catalog, variant: Variant) -> bool:

@@ -141,6 +141,15 @@ def test_the_same_model_twice_is_stored_once(root: Path, put: Adder, checkpoints
     assert (two.kind, two.report["changed"]) == ("partial", 0)
 
 
+def test_a_base_that_is_added_again_stands_upon_none_of_its_fine_tunes(
+    put: Adder, checkpoints: Path, tmp_path: Path
+):
+    put("base", checkpoints / "llama")
+    put("last", builders.fine_tune(tmp_path / "last", checkpoints / "llama", ["layers.3."]))
+    again = put("base", checkpoints / "llama", replace=True)
+    assert (again.kind, again.base) == ("base", None)
+
+
 def test_a_taken_name_needs_replace(root: Path, put: Adder, checkpoints: Path):
     first = put("m", checkpoints / "llama")
     with pytest.raises(NameTaken, match="--replace"):

@@ -76,6 +76,21 @@ def test_adding_again_heals(family: Path, put: Adder, checkpoints: Path):
     assert verify(family, Quiet()).damages == []
 
 
+def test_adding_again_heals_a_difference_that_still_reads_well(
+    root: Path, put: Adder, checkpoints: Path, tmp_path: Path
+):
+    put("base", checkpoints / "llama")
+    full = builders.fine_tune(tmp_path / "full", checkpoints / "llama", ["up_proj"], scale=1e-4)
+    variant = put("full", full, base="base")
+    path = Store(root).path(variant.tensors["model.layers.0.mlp.up_proj.weight"])
+    assert path.suffix == ".difference"
+    # Its last byte is of the seal: what it decodes to is whole.
+    flip(path)
+    assert len(verify(root, Quiet()).damages) == 1
+    put("full", full, base="base", replace=True)
+    assert verify(root, Quiet()).damages == []
+
+
 def test_removing_merges_blocks_again(family: Path):
     before = Listing(family).blocks()
     assert [row.units for row in before if "tuned" in row.variants] == [7, 2, 1]
