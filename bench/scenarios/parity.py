@@ -118,9 +118,7 @@ def _cell(variant: Variant, model: nn.Module, said: _Said, ran: _Ran) -> Result:
     name, answers = variant.name, said.of(variant.name)
     wrong, ties = (sum(counts) for counts in zip(*(_judge(model, a) for a in answers), strict=True))
     expected = run_whole(model, [ran.tokens])
-    mixed = departure([ran.mixed], expected)
-    # The model may be float64 by now: what is expected is not asked for again.
-    alone = departure([ran.alone], expected) if not ran.alone.equal(ran.mixed) else mixed
+    mixed, alone = (departure([logits], expected) for logits in (ran.mixed, ran.alone))
     moved = said.moved(name)
     return Result(
         scenario="parity",
