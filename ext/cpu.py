@@ -53,10 +53,9 @@ class CpuRotary:
 class CpuOps:
     """See `ext.ops.Ops`. `threads` 0: as many as torch uses; `isa` "auto": the best of the machine.
 
-    With `rounding`, linear layers and attention may round to bfloat16 what they multiply (their
-    inputs, low-rank factors, queries, softmax weights), where that is faster; sums stay float32.
-    Raises Unavailable where the kernels cannot be built or run. Calls may come from several Python
-    threads; they take turns.
+    With `rounding`, layers may round to bfloat16 what they multiply (inputs, low-rank factors,
+    queries, softmax weights), where that is faster; sums stay float32. Raises Unavailable where the
+    kernels cannot be built or run. Calls may come from several Python threads; they take turns.
     """
 
     name = "cpu"
