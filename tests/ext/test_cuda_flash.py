@@ -134,7 +134,7 @@ def test_a_captured_step_attends_to_whatever_batch_is_loaded(window: int | None)
         place = geometry([1] * len(contexts), contexts)
         x = layers.rows(len(contexts))
         expected = layers.expected(x, place)[:, : x.shape[1]]
-        assert graphs.run((1,), x, (place, 399), none, step)
+        assert graphs.run((1,), x, (ops.plan(place), 399), none, step)
         assert_near(x, expected)
     assert graphs.counts.captured == 1
     assert graphs.counts.replayed == 3
