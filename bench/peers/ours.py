@@ -69,7 +69,15 @@ class Ours:
             ("tunes", deltas, DELTA, (BASE, *TUNES)),
         ):
             cells = ("loras",) if group == "adapters" else ("tunes",)
-            yield Arrangement(f"{name}, {what}", group, cells, start, models, is_ours=True)
+            yield Arrangement(
+                f"{name}, {what}",
+                group,
+                cells,
+                start,
+                models,
+                is_ours=True,
+                own_prompts=what == ALONE,
+            )
 
     def _starter(self, name: str, zoo: Callable[[], Path]) -> Callable[[], "OurServer"]:
         return lambda: OurServer(self._stage, zoo, FLAGS[name])

@@ -41,7 +41,8 @@ class Playing(Protocol):
 @dataclass(frozen=True, slots=True)
 class Arrangement:
     """A way to run an engine. `cells` are keys of `bench.peers.cells.CELLS`; those with the same
-    `start` share what it starts. `models` take the place of a cell's."""
+    `start` share what it starts. `models` take the place of a cell's. `own_prompts`: it is asked
+    other prompts of the same lengths, because who shares its server may have left their pages."""
 
     name: str
     group: str
@@ -49,6 +50,7 @@ class Arrangement:
     start: Callable[[], AbstractContextManager[Playing]]
     models: tuple[str, ...] = ()
     is_ours: bool = False
+    own_prompts: bool = False
 
 
 class Peer(Protocol):

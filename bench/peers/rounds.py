@@ -23,6 +23,7 @@ from bench.peers.peer import Arrangement, PeerMissing, Playing
 
 LEAST, MOST, ENOUGH_S, SLOW_S = 2, 6, 60.0, 45.0
 _WARM_TOKENS = 16
+_OTHER_PROMPTS = 500
 
 
 class Turn(msgspec.Struct, frozen=True):
@@ -129,7 +130,8 @@ class Rounds:
         self, cell: Cell, arrangement: Arrangement, playing: dict[int, Playing], number: int
     ) -> Turn:
         one = playing[id(arrangement.start)]
-        job = job_of(cell, self.play, seed=1000 * number + len(cell.name))
+        seed = 1000 * number + len(cell.name) + _OTHER_PROMPTS * arrangement.own_prompts
+        job = job_of(cell, self.play, seed)
         if arrangement.models:
             job = msgspec.structs.replace(job, models=arrangement.models)
         if cell.primed:

@@ -84,14 +84,15 @@ def test_turns_alternate_and_what_does_not_start_is_left_out():
         raise PeerMissing("it is not for this machine")
         yield
 
-    first, second = arrangement("a", 1.0, log), arrangement("b", 2.0, log, models=("x",))
+    first = arrangement("a", 1.0, log)
+    second = arrangement("b", 2.0, log, models=("x",), own_prompts=True)
     both = [first, second, Arrangement("c", "base", ("8",), broken)]
     rounds = Rounds(msgspec.structs.replace(PLAY, quick=False), said.append)
     ((cell, rows),) = rounds.group(both, ["8"])
     assert cell == CELLS["8"]
     assert [row.arrangement.name for row in rows] == ["a", "b"]
     asked = [line for line in log if line[0] in "bx"]
-    assert asked[:4] == ["base 9", "x 9", "base 1009", "x 1009"]
+    assert asked[:4] == ["base 9", "x 509", "base 1009", "x 1509"]
     assert log[:2] == ["start a", "start b"]
     assert log[-2:] == ["stop b", "stop a"]
     assert "peers: without c: it is not for this machine" in said
