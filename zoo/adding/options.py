@@ -25,7 +25,7 @@ class AddOptions:
     dtype: str = "float32"
     wait_s: float = 600.0
     golden: bool = True
-    delta_budget: float = 1 / 12
+    delta_budget: float = 1 / 14
     budget: float | None = None
     data: Path | None = None
     rows: int = 64

@@ -46,7 +46,7 @@ def add_command(  # noqa: PLR0913 one parameter per option
     source: Source,
     base: Base = None,
     store: Store = "exact",
-    delta_budget: DeltaBudget = 1 / 12,
+    delta_budget: DeltaBudget = 1 / 14,
     min_agreement: MinAgreement = None,
     budget: Budget = None,
     text: Text = None,
