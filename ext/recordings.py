@@ -6,9 +6,8 @@ least recent use.
 """
 
 import ctypes
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from torch import Tensor
@@ -18,7 +17,7 @@ from ext.cpu import CpuOps
 from ext.ops import Opaque, Patch
 from ext.patch import patch_address
 from ext.plan import CpuPlan
-from ext.replays import Counts
+from ext.replays import Counts, Shelf
 from ext.tape import Tape, Workspace
 
 # Some units over activations x [rows, hidden], in place, with one patch for each linear of theirs.
@@ -64,24 +63,29 @@ class _Recorded:
                 native.POINTER.pack_into(self._records.data, offset, address)
         self._loaded = patches
 
+    def forget(self) -> None:
+        """Let go of the attachments that were loaded last."""
+        self._loaded = None
 
-@dataclass(eq=False)
+
 class Recordings:
     """Recorded decode steps over some kernels; at most `capacity` of them are kept. See
     `ext.replays.Replays`."""
 
-    ops: CpuOps
-    capacity: int = 256
-    counts: Counts = field(default_factory=Counts)
-
-    def __post_init__(self) -> None:
-        self._kept: OrderedDict[_Key, _Recorded] = OrderedDict()
+    def __init__(self, ops: CpuOps, capacity: int = 256) -> None:
+        self.ops = ops
+        self._shelf: Shelf[_Key, _Recorded] = Shelf(capacity)
         self._workspace = Workspace()
         self._streams: dict[tuple[int, int], Tensor] = {}
         self._plan = native.Record(bytes(native.PLAN.size))
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._shelf)
+
+    @property
+    def counts(self) -> Counts:
+        """See `ext.replays.Replays.counts`."""
+        return self._shelf.counts
 
     def run(
         self,
@@ -97,17 +101,16 @@ class Recordings:
         stream = self._stream(*x.shape)
         stream.copy_(x)
         key = _Key(units, rows)
-        recorded = self._kept.get(key)
+        recorded = self._shelf.find(key)
         if recorded is None:
             recorded = self._record(stream, replace(plan, record=self._plan), patches, step)
-            self._keep(key, recorded)
+            self._shelf.keep(key, recorded)
         else:
             if plan.num_layers < recorded.layers or plan.num_positions > recorded.positions:
                 raise ValueError(
                     f"position {plan.num_positions - 1} of {plan.num_layers} layers lies beyond"
                     " what was recorded"
                 )
-            self._kept.move_to_end(key)
             recorded.load(patches, rows, self.ops)
             self.ops.replay(recorded.call)
             self.counts.replayed += 1
@@ -116,8 +119,7 @@ class Recordings:
 
     def retain(self, keeps: Callable[[tuple[int, ...]], bool]) -> None:
         """See `ext.replays.Replays.retain`."""
-        for key in [key for key in self._kept if not keeps(key.units)]:
-            del self._kept[key]
+        self._shelf.retain(keeps)
 
     def _record(
         self, stream: Tensor, plan: CpuPlan, patches: Sequence[Patch | None], step: Step
@@ -133,12 +135,6 @@ class Recordings:
         recorded = _Recorded(tape, own, step)
         recorded.load(patches, len(stream), self.ops)
         return recorded
-
-    def _keep(self, key: _Key, recorded: _Recorded) -> None:
-        self.counts.captured += 1
-        self._kept[key] = recorded
-        if len(self._kept) > self.capacity:
-            self._kept.popitem(last=False)
 
     def _stream(self, rows: int, hidden: int) -> Tensor:
         """Activations at an address that stays; fewer rows lie within memory for more."""

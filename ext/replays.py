@@ -3,9 +3,10 @@
 `ext.cuda.graphs` captures them as CUDA graphs, `ext.recordings` as lists of native calls.
 """
 
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -44,3 +45,56 @@ class Replays(Protocol):
     def retain(self, keeps: Callable[[tuple[int, ...]], bool]) -> None:
         """Forget the steps whose units `keeps` does not want."""
         ...
+
+
+class Key(Hashable, Protocol):
+    """What a captured step is found by."""
+
+    @property
+    def units(self) -> tuple[int, ...]: ...
+
+
+class Captured(Protocol):
+    """A step that can be replayed over whatever is loaded into it."""
+
+    def forget(self) -> None:
+        """Let go of the attachments that were loaded last."""
+        ...
+
+
+AnyKey = TypeVar("AnyKey", bound=Key)
+AnyCaptured = TypeVar("AnyCaptured", bound=Captured)
+
+
+class Shelf(Generic[AnyKey, AnyCaptured]):
+    """The captured steps that are kept: at most `capacity`, the least recently used one leaves."""
+
+    def __init__(self, capacity: int) -> None:
+        self.counts = Counts()
+        self._capacity = capacity
+        self._kept: OrderedDict[AnyKey, AnyCaptured] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def find(self, key: AnyKey) -> AnyCaptured | None:
+        """The step of that key, about to be used."""
+        captured = self._kept.get(key)
+        if captured is not None:
+            self._kept.move_to_end(key)
+        return captured
+
+    def keep(self, key: AnyKey, captured: AnyCaptured) -> None:
+        """Take in a step that was just captured."""
+        self.counts.captured += 1
+        self._kept[key] = captured
+        if len(self._kept) > self._capacity:
+            self._kept.popitem(last=False)
+
+    def retain(self, keeps: Callable[[tuple[int, ...]], bool]) -> None:
+        """See `Replays.retain`."""
+        for key in [key for key in self._kept if not keeps(key.units)]:
+            del self._kept[key]
+        for captured in self._kept.values():
+            # An adapter that goes must not be held by a step of the base that it was last upon.
+            captured.forget()

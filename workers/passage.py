@@ -8,6 +8,7 @@ under it: low-rank pieces, gains and biases of linears. All else runs unit by un
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 
 from torch import Tensor
 
@@ -18,6 +19,8 @@ from workers.block import AttentionUnit, EmbedUnit, HeadUnit, MlpUnit, ParallelU
 from workers.foreign import ForeignUnit, foreign
 
 _LAYERS = (AttentionUnit, MlpUnit, ParallelUnit)
+# A unit as rows wear it, and its attention layer in the chain.
+Site: TypeAlias = tuple[ResidentUnit, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +43,8 @@ class Passage:
 
     def run(self, x: Tensor, at: layers.Context) -> Tensor:
         """Carry x [rows, hidden] through all but the embedding, unit by unit; mostly in place."""
-        for part in self._parts:
-            x = _pass(part, part.worn, x, at)
+        for site, part in zip(self._sites, self._parts, strict=True):
+            x = _pass(site, part.worn, x, at)
         return x
 
     @cached_property
@@ -74,39 +77,45 @@ class Passage:
 
     def step(self, ops: Ops, cache: Cache) -> "CapturedStep":
         """What a capture records."""
-        return CapturedStep(self._parts, ops, cache)
+        return CapturedStep(self._sites, ops, cache)
+
+    @cached_property
+    def _sites(self) -> tuple[Site, ...]:
+        return tuple((part.unit, part.layer) for part in self._parts)
 
 
 @dataclass(frozen=True, slots=True)
 class CapturedStep:
-    """Units over rows of any batch: plan and patches are the capture's own."""
+    """Units over rows of any batch: plan and patches are the capture's own, so it holds nothing
+    that some rows wore."""
 
-    parts: tuple[Part, ...]
+    sites: tuple[Site, ...]
     ops: Ops
     cache: Cache
 
     def __call__(self, x: Tensor, plan: Opaque, patches: Sequence[Patch | None]) -> None:
         at = layers.Context(self.ops, self.cache, plan)
         given = iter(patches)
-        for part in self.parts:
-            own = {role: next(given) for role in part.unit.linears}
+        for site in self.sites:
+            own = {role: next(given) for role in site[0].linears}
             linears = {role: patch for role, patch in own.items() if patch is not None}
-            _pass(part, Worn(linears, {}, {}), x, at)
+            _pass(site, Worn(linears, {}, {}), x, at)
 
 
-def _pass(part: Part, worn: Worn, x: Tensor, at: layers.Context) -> Tensor:
+def _pass(site: Site, worn: Worn, x: Tensor, at: layers.Context) -> Tensor:
     """One unit over rows x."""
-    match part.unit:
-        case AttentionUnit() as unit:
-            layers.attention(unit, x, part.layer, worn, at)
-        case MlpUnit() as unit:
+    unit, layer = site
+    match unit:
+        case AttentionUnit():
+            layers.attention(unit, x, layer, worn, at)
+        case MlpUnit():
             layers.mlp(unit, x, worn, at)
-        case ParallelUnit() as unit:
-            layers.parallel(unit, x, part.layer, worn, at)
-        case ForeignUnit() as unit:
-            foreign(unit, x, worn.linears, at.ops, Place(at.cache, part.layer, at.plan))
+        case ParallelUnit():
+            layers.parallel(unit, x, layer, worn, at)
+        case ForeignUnit():
+            foreign(unit, x, worn.linears, at.ops, Place(at.cache, layer, at.plan))
         case EmbedUnit() | HeadUnit():
             raise AssertionError("a chain's ends have stages or steps of their own")
-        case unit:
+        case _:
             x = layers.stitch(unit, x, worn, at)
     return x

@@ -5,9 +5,8 @@ its batch there and replays. Rows that pad the bucket work on a scratch page and
 are captured when first wanted, share one memory pool, and leave by least recent use.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
@@ -17,7 +16,7 @@ from ext.cuda.parcel import Parcel
 from ext.cuda.patches import Form, as_prepared, drafted, room
 from ext.cuda.plan import CudaPlan, Layout, StaticPlan
 from ext.ops import Geometry, Patch
-from ext.replays import Counts
+from ext.replays import Counts, Shelf
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _FEWEST_PAGES = 16
@@ -80,21 +79,22 @@ class _Key:
     forms: Forms
 
 
-@dataclass(eq=False)
 class Graphs:
     """Captured decode steps of one device; at most `capacity` of them are kept. See
     `ext.replays.Replays`."""
 
-    device: torch.device
-    capacity: int = 64
-    counts: Counts = field(default_factory=Counts)
-
-    def __post_init__(self) -> None:
-        self._kept: OrderedDict[_Key, _Captured] = OrderedDict()
-        self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+    def __init__(self, device: torch.device, capacity: int = 64) -> None:
+        self.device = device
+        self._shelf: Shelf[_Key, _Captured] = Shelf(capacity)
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._shelf)
+
+    @property
+    def counts(self) -> Counts:
+        """See `ext.replays.Replays.counts`."""
+        return self._shelf.counts
 
     def run(
         self,
@@ -115,16 +115,15 @@ class Graphs:
         forms = tuple(None if p is None else drafted(p, len(x)).form for p in patches)
         layout = Layout(bucket, bucket, bucket, layers, pages)
         key = _Key(units, layout, scratch, forms)
-        captured = self._kept.get(key)
+        captured = self._shelf.find(key)
         if captured is None:
             captured = _Captured(x.shape[1], layout, scratch, forms, self.device)
             captured.load(x, geometry, patches)
             # The first batch runs as it is, which also compiles the kernels to be captured.
             captured.run(step)
             captured.replay = self._capture(captured, step)
-            self._keep(key, captured)
+            self._shelf.keep(key, captured)
         else:
-            self._kept.move_to_end(key)
             captured.load(x, geometry, patches)
             captured.replay()
             self.counts.replayed += 1
@@ -133,17 +132,7 @@ class Graphs:
 
     def retain(self, keeps: Callable[[tuple[int, ...]], bool]) -> None:
         """See `ext.replays.Replays.retain`."""
-        for key in [key for key in self._kept if not keeps(key.units)]:
-            del self._kept[key]
-        for captured in self._kept.values():
-            # An adapter that goes must not be held by a step of the base that it was last upon.
-            captured.forget()
-
-    def _keep(self, key: _Key, captured: _Captured) -> None:
-        self.counts.captured += 1
-        self._kept[key] = captured
-        if len(self._kept) > self.capacity:
-            self._kept.popitem(last=False)
+        self._shelf.retain(keeps)
 
     def _capture(self, captured: _Captured, step: Step) -> Callable[[], None]:
         if self._pool is None:

@@ -1,11 +1,13 @@
 """Decode steps of a worker replayed on the CPU: every row gets its own tokens, whoever is there."""
 
+import gc
 import random
 from pathlib import Path
 
 import pytest
 
 from ext.build import supported
+from ext.ops import LoraSegment
 from tests.workers.family_zoo import MLP, Family, wrong_tokens
 from tests.workers.hand_made import Base, Tuned
 from tests.workers.local import Answer, LocalWorker
@@ -82,6 +84,27 @@ def test_a_variant_that_leaves_takes_its_captures_along(family: Family) -> None:
     worker.load("last")
     assert before < between < ask("last")
     assert_own_tokens(family, asked)
+
+
+def test_an_adapter_that_leaves_is_held_by_no_capture(family: Family) -> None:
+    family.lora("odd", rank=13)
+    worker = LocalWorker(family.zoo, "native")
+    worker.load("base", "odd")
+    asked: Asked = []
+    for name in ("odd", "base", "odd"):
+        asked.append((name, prompt(4, 1), worker.open(name, prompt(4, 1), max_tokens=4)))
+        worker.run()
+    assert_own_tokens(family, asked)
+    assert worker.status.counters["captured_steps"] > 0
+    assert resident_factors(13) > 0
+    worker.evict("odd")
+    assert resident_factors(13) == 0
+
+
+def resident_factors(rank: int) -> int:
+    """Low-rank pieces of a rank that something still holds."""
+    gc.collect()
+    return sum(type(o) is LoraSegment and o.a.shape[0] == rank for o in gc.get_objects())
 
 
 def test_what_no_capture_can_exchange_runs_unit_by_unit(tmp_path: Path) -> None:
