@@ -8,13 +8,17 @@ import pytest
 
 from ext.build import supported
 from ext.ops import LoraSegment
-from tests.workers.family_zoo import MLP, Family, wrong_tokens
-from tests.workers.hand_made import Base, Tuned
-from tests.workers.local import Answer, LocalWorker
+from tests.workers.family_zoo import MLP, Family
+from tests.workers.local import LocalWorker
+from tests.workers.replayed import (
+    Asked,
+    assert_captures_leave_with_their_variant,
+    assert_own_tokens,
+    assert_runs_unit_by_unit,
+)
+from tests.workers.rounded import tokens
 
 pytestmark = pytest.mark.skipif(not supported(), reason="needs AVX2, FMA and F16C")
-
-Asked = list[tuple[str, list[int], Answer]]
 
 
 @pytest.fixture(scope="module")
@@ -26,18 +30,6 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
     return made
 
 
-def prompt(count: int, seed: int) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(5, 300) for _ in range(count)]
-
-
-def assert_own_tokens(family: Family, asked: Asked) -> None:
-    for name, given, answer in asked:
-        assert not answer.failed, answer.failed
-        wrong, _ = wrong_tokens(family.reference(name), given, answer.tokens)
-        assert wrong == 0, f"{name}: {wrong} tokens differ from the model's"
-
-
 def test_mixed_batches_are_replayed_while_requests_come_and_go(family: Family) -> None:
     worker = LocalWorker(family.zoo, "native", max_rows=64)
     worker.load(*family.names)
@@ -45,7 +37,7 @@ def test_mixed_batches_are_replayed_while_requests_come_and_go(family: Family) -
     draw = random.Random(0)
     for number in range(24):
         name = draw.choice(family.names)
-        given = prompt(draw.randrange(1, 20), number)
+        given = tokens(draw.randrange(1, 20), number)
         asked.append((name, given, worker.open(name, given, max_tokens=draw.randrange(2, 12))))
         worker.step()
     worker.run()
@@ -59,7 +51,7 @@ def test_a_batch_that_lasts_is_captured_once(family: Family) -> None:
     worker.load("base", "qv")
     asked: Asked = []
     for name in ("base", "qv", "base"):
-        asked.append((name, prompt(4, 1), worker.open(name, prompt(4, 1), max_tokens=9)))
+        asked.append((name, tokens(4, 1), worker.open(name, tokens(4, 1), max_tokens=9)))
     worker.run()
     assert_own_tokens(family, asked)
     counters = worker.status.counters
@@ -69,21 +61,7 @@ def test_a_batch_that_lasts_is_captured_once(family: Family) -> None:
 
 def test_a_variant_that_leaves_takes_its_captures_along(family: Family) -> None:
     worker = LocalWorker(family.zoo, "native")
-    worker.load("last", "base")
-    asked: Asked = []
-
-    def ask(name: str) -> int:
-        given = prompt(3, len(asked))
-        asked.append((name, given, worker.open(name, given, max_tokens=3)))
-        worker.run()
-        return worker.status.counters["captured_steps"]
-
-    before = ask("last")
-    worker.evict("last")
-    between = ask("base")
-    worker.load("last")
-    assert before < between < ask("last")
-    assert_own_tokens(family, asked)
+    assert_captures_leave_with_their_variant(family, worker)
 
 
 def test_an_adapter_that_leaves_is_held_by_no_capture(family: Family) -> None:
@@ -92,7 +70,7 @@ def test_an_adapter_that_leaves_is_held_by_no_capture(family: Family) -> None:
     worker.load("base", "odd")
     asked: Asked = []
     for name in ("odd", "base", "odd"):
-        asked.append((name, prompt(4, 1), worker.open(name, prompt(4, 1), max_tokens=4)))
+        asked.append((name, tokens(4, 1), worker.open(name, tokens(4, 1), max_tokens=4)))
         worker.run()
     assert_own_tokens(family, asked)
     assert worker.status.counters["captured_steps"] > 0
@@ -108,17 +86,4 @@ def resident_factors(rank: int) -> int:
 
 
 def test_what_no_capture_can_exchange_runs_unit_by_unit(tmp_path: Path) -> None:
-    base = Base(tmp_path, "llama")
-    names = [
-        Tuned(base, "norms", 1).norm(1, "a", "norm").input_gain(2, "down").publish(),
-        Tuned(base, "prefix", 2).with_prefix(5).gain(1, "q").bias(2, "o").publish(),
-        Tuned(base, "adapter", 3).bottleneck(1, "o", "stream").publish(),
-    ]
-    answers = []
-    for ops in ("torch", "native"):
-        worker = LocalWorker(base.zoo, ops)
-        worker.load(*names)
-        together = [worker.open(name, prompt(4, 2), max_tokens=5) for name in names]
-        worker.run()
-        answers.append([answer.tokens for answer in together])
-    assert answers[0] == answers[1]
+    assert_runs_unit_by_unit(tmp_path, "native", max_tokens=5)

@@ -3,7 +3,6 @@ captured step is run again instead of replayed."""
 
 import importlib.util
 import logging
-import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,9 +13,15 @@ from transformers import AutoModelForCausalLM
 pytest.importorskip("triton", reason="needs triton")
 
 from tests import builders
-from tests.workers.family_zoo import MLP, Family, everything, wrong_tokens
+from tests.workers.family_zoo import MLP, Family, everything
 from tests.workers.hand_made import Base, Tuned
-from tests.workers.local import Answer, LocalWorker
+from tests.workers.local import LocalWorker
+from tests.workers.replayed import (
+    assert_captures_leave_with_their_variant,
+    assert_own_tokens,
+    assert_runs_unit_by_unit,
+)
+from tests.workers.rounded import tokens
 from workers.warmup import warm_up
 from zoo.adding.add import AddOptions, add
 from zoo.progress import Quiet
@@ -36,24 +41,12 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
     return made
 
 
-def prompt(count: int, seed: int) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(5, 300) for _ in range(count)]
-
-
-def assert_own_tokens(family: Family, asked: list[tuple[str, list[int], Answer]]) -> None:
-    for name, given, answer in asked:
-        assert not answer.failed, answer.failed
-        wrong, _ = wrong_tokens(family.reference(name), given, answer.tokens)
-        assert wrong == 0, f"{name}: {wrong} tokens differ from the model's"
-
-
 def test_mixed_batches_give_each_variants_own_tokens_and_are_replayed(family: Family) -> None:
     worker = LocalWorker(family.zoo, "cuda", max_rows=64)
     worker.load(*family.names)
     asked = []
     for name, length in zip(family.names, (2, 9, 3, 1), strict=True):
-        given = prompt(length, length)
+        given = tokens(length, length)
         asked.append((name, given, worker.open(name, given, max_tokens=3)))
     worker.run()
     assert_own_tokens(family, asked)
@@ -63,21 +56,7 @@ def test_mixed_batches_give_each_variants_own_tokens_and_are_replayed(family: Fa
 
 def test_a_variant_that_leaves_takes_its_captures_along(family: Family) -> None:
     worker = LocalWorker(family.zoo, "cuda", max_rows=64)
-    worker.load("last", "base")
-    asked = []
-
-    def ask(name: str) -> int:
-        given = prompt(3, len(asked))
-        asked.append((name, given, worker.open(name, given, max_tokens=3)))
-        worker.run()
-        return worker.status.counters["captured_steps"]
-
-    before = ask("last")
-    worker.evict("last")
-    between = ask("base")
-    worker.load("last")
-    assert before < between < ask("last")
-    assert_own_tokens(family, asked)
+    assert_captures_leave_with_their_variant(family, worker)
 
 
 def test_pages_have_the_precision_of_the_weights(tmp_path: Path) -> None:
@@ -88,7 +67,7 @@ def test_pages_have_the_precision_of_the_weights(tmp_path: Path) -> None:
     for ops in ("torch", "cuda"):
         worker = LocalWorker(tmp_path / "zoo", ops)
         worker.load("base")
-        answer = worker.open("base", prompt(20, 1), max_tokens=1, prompt_logprobs=0)
+        answer = worker.open("base", tokens(20, 1), max_tokens=1, prompt_logprobs=0)
         worker.run()
         assert not answer.failed, answer.failed
         scores.append(torch.tensor([given.logprob for given in answer.scored]))
@@ -98,20 +77,7 @@ def test_pages_have_the_precision_of_the_weights(tmp_path: Path) -> None:
 
 
 def test_what_no_capture_can_exchange_runs_unit_by_unit(tmp_path: Path) -> None:
-    base = Base(tmp_path, "llama")
-    names = [
-        Tuned(base, "norms", 1).norm(1, "a", "norm").input_gain(2, "down").publish(),
-        Tuned(base, "prefix", 2).with_prefix(5).gain(1, "q").bias(2, "o").publish(),
-        Tuned(base, "adapter", 3).bottleneck(1, "o", "stream").publish(),
-    ]
-    answers = []
-    for ops in ("torch", "cuda"):
-        worker = LocalWorker(base.zoo, ops)
-        worker.load(*names)
-        together = [worker.open(name, prompt(4, 2), max_tokens=3) for name in names]
-        worker.run()
-        answers.append([answer.tokens for answer in together])
-    assert answers[0] == answers[1]
+    assert_runs_unit_by_unit(tmp_path, "cuda", max_tokens=3)
 
 
 @pytest.mark.gpu
@@ -123,7 +89,7 @@ def test_every_family_gives_transformers_tokens_in_float32(tmp_path: Path, kind:
     worker.load(*family.names)
     asked = []
     for i, name in enumerate(family.names * 4):
-        given = prompt(1 + 7 * i % 50, i)
+        given = tokens(1 + 7 * i % 50, i)
         asked.append((name, given, worker.open(name, given, max_tokens=48)))
     worker.run()
     assert_own_tokens(family, asked)
@@ -146,7 +112,7 @@ def test_parked_weights_come_back_without_their_files(tmp_path: Path) -> None:
     worker.load("first", "second")
     asked = []
     for turn, name in enumerate(["first", "second", "first"]):
-        given = prompt(3, turn)
+        given = tokens(3, turn)
         asked.append((name, given, worker.open(name, given, max_tokens=2)))
         while worker.worker.has_work or worker.worker.is_loading:
             worker.worker.collect()
@@ -171,7 +137,7 @@ def test_a_chain_that_is_warmed_up_lets_no_request_wait_for_a_capture(family: Fa
     assert inner._memory.usage() == free
     spare = len(pages) - inner._memory.arena.slab_bytes
     assert torch.equal(inner._runner._arena[:spare], pages[:spare])
-    given = prompt(3, 1)
+    given = tokens(3, 1)
     answer = worker.open("qv", given, max_tokens=3)
     worker.run()
     assert_own_tokens(family, [("qv", given, answer)])
@@ -183,7 +149,7 @@ def test_a_chain_that_is_warmed_up_lets_no_request_wait_for_a_capture(family: Fa
 def test_bfloat16_is_as_near_to_float32_as_transformers_is(tmp_path: Path, kind: str) -> None:
     checkpoint = builders.tiny_model(tmp_path / "half", kind, dtype=torch.bfloat16)
     add(tmp_path / "zoo", "base", str(checkpoint), AddOptions(), Quiet())
-    given = prompt(120, 1)
+    given = tokens(120, 1)
     worker = LocalWorker(tmp_path / "zoo", "cuda")
     worker.load("base")
     answer = worker.open("base", given, max_tokens=1, prompt_logprobs=0)
@@ -208,7 +174,7 @@ def test_bfloat16_chooses_as_well_as_transformers_does(
         worker.load("base")
     if importlib.util.find_spec("flashinfer"):
         assert "4 heads on 2, 64 wide, bfloat16: FlashInfer" in caplog.text
-    prompts = [prompt(3 + i % 40, i) for i in range(200)]
+    prompts = [tokens(3 + i % 40, i) for i in range(200)]
     answers = [worker.open("base", given, max_tokens=1) for given in prompts]
     worker.run()
     ours = [answer.tokens[0] for answer in answers]
@@ -236,7 +202,7 @@ def test_a_chain_is_captured_before_it_is_ready(family: Family) -> None:
     worker.load("base")
     captured = worker.status.counters["captured_steps"]
     assert captured > 0
-    given = prompt(9, 1)
+    given = tokens(9, 1)
     answer = worker.open("base", given, max_tokens=4)
     worker.run()
     assert_own_tokens(family, [("base", given, answer)])
@@ -258,14 +224,14 @@ def test_tuned_pieces_of_every_kind_match_the_reference_kernels(tmp_path: Path) 
     names = [
         Tuned(base, "low", 1).low_rank(0, "q").low_rank(1, "down").gain(2, "k").publish(),
         Tuned(base, "rows", 2).token_rows([5, 9, 40]).tokens_low_rank().publish(),
-        Tuned(base, "prompt", 3).with_prompt(9).bias(1, "o").publish(),
+        Tuned(base, "prompt", 3).with_tokens(9).bias(1, "o").publish(),
         Tuned(base, "adapter", 4).bottleneck(1, "o", "output").norm(2, "m", "norm").publish(),
     ]
     answers = []
     for ops in ("torch", "cuda"):
         worker = LocalWorker(base.zoo, ops)
         worker.load(*names)
-        asked = [worker.open(n, prompt(30, i), max_tokens=24) for i, n in enumerate(names * 3)]
+        asked = [worker.open(n, tokens(30, i), max_tokens=24) for i, n in enumerate(names * 3)]
         worker.run()
         assert not any(answer.failed for answer in asked)
         answers.append([answer.tokens for answer in asked])
@@ -281,7 +247,7 @@ def test_sampled_tokens_are_those_that_the_host_would_draw(family: Family) -> No
         worker.load("base", "qv")
         shapes = [{"top_k": 20}, {"top_p": 0.9}, {}, {"min_p": 0.05, "repetition_penalty": 1.3}]
         asked = [
-            worker.open(name, prompt(9, i), max_tokens=16, temperature=0.9, seed=i, **shape)
+            worker.open(name, tokens(9, i), max_tokens=16, temperature=0.9, seed=i, **shape)
             for i, (name, shape) in enumerate((n, s) for n in ("base", "qv") for s in shapes)
         ]
         worker.run()

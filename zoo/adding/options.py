@@ -6,6 +6,7 @@ from pathlib import Path
 from zoo.errors import UnsupportedOption
 
 DEFAULT_AGREEMENT = 0.99
+DEFAULT_DELTA_BUDGET = 1 / 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class AddOptions:
     dtype: str = "float32"
     wait_s: float = 600.0
     golden: bool = True
-    delta_budget: float = 1 / 14
+    delta_budget: float = DEFAULT_DELTA_BUDGET
     budget: float | None = None
     data: Path | None = None
     rows: int = 64

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
+from zoo.adding.options import DEFAULT_DELTA_BUDGET
 from zoo.cli.app import Name, WaitOption, ZooOption, app, err, out, root_of
 from zoo.console import ConsoleProgress
 from zoo.manifest import Variant
@@ -46,7 +47,7 @@ def add_command(  # noqa: PLR0913 one parameter per option
     source: Source,
     base: Base = None,
     store: Store = "exact",
-    delta_budget: DeltaBudget = 1 / 14,
+    delta_budget: DeltaBudget = DEFAULT_DELTA_BUDGET,
     min_agreement: MinAgreement = None,
     budget: Budget = None,
     text: Text = None,
