@@ -46,12 +46,8 @@ void attend_block(const Way& way, int64_t block, int64_t first, int64_t last) {
   for (int64_t head = first; head < last; ++head)
     way.prepare(reach, head, query + (head - first) * ready);
   for (int64_t i = reach.span_begin; i < reach.span_end; ++i) {
-    for (int64_t head = first; head < last; ++head) {
-      const Piece piece{reach, head, i, head == first ? last - first : 0};
-      const float* own = query + (head - first) * ready;
-      float* state = states + (head - first) * floats;
-      i == reach.span_begin ? way.attend(piece, own, state) : way.go_on(piece, own, state);
-    }
+    const Piece piece{reach, {first, last - first}, i};
+    i == reach.span_begin ? way.attend(piece, query, states) : way.go_on(piece, query, states);
   }
   for (int64_t head = first; head < last; ++head)
     way.write(reach, head, states + (head - first) * floats);
@@ -74,7 +70,7 @@ void attend_split(Pool* pool, const Way& way, int64_t spans) {
     const Reach reach = way.a.reach(task / spans / heads);
     const int64_t span = reach.span_begin + task % spans;
     if (span >= reach.span_end) return;
-    const Piece piece{reach, task / spans % heads, span, 1};
+    const Piece piece{reach, {task / spans % heads, 1}, span};
     way.attend(piece, query + task / spans * ready, partials + task * floats);
   });
   each_head(pool, way, [&](int64_t block, int64_t head) {

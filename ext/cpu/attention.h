@@ -3,6 +3,7 @@
 #pragma once
 #include <algorithm>
 
+#include "chunk.h"
 #include "heads.h"
 #include "span.h"
 
@@ -14,12 +15,11 @@ struct Reach {
   int64_t span_begin, span_end;  // spans
 };
 
-// What is computed at once: one span of one kv head of a block. Meanwhile memory of `fetched_heads`
-// heads from this one on is fetched: a task that goes through all heads has its pages read in one
-// sweep.
+// What is computed at once: one span of some kv heads of a block.
 struct Piece {
   const Reach& reach;
-  int64_t head, span, fetched_heads;
+  Rows heads;
+  int64_t span;
 };
 
 template <class T>
@@ -60,20 +60,21 @@ struct Attention {
   }
   // The keys of a span, as many as the last row of a block sees: the others see no more.
   Keys<T> keys(const Reach& r, int64_t head, int64_t span) const {
-    const int64_t begin = span * kSpan, count = std::min(kSpan, position(r.last - 1) + 1 - begin);
+    const int64_t begin = span * kSpan, left = position(r.last - 1) + 1 - begin;
+    const int64_t known = std::min(kSpan + kAheadMost, left);
     const int32_t* of = pages(r.first);
-    auto** at = scratch<kKeys, const Element*>(kSpan);
+    auto** at = scratch<kKeys, const Element*>(kSpan + kAheadMost);
     int64_t done = 0;
-    while (done < count) {  // page by page
+    while (done < known) {  // page by page
       const Element* next = key(of, begin + done, head);
-      const int64_t left = call.page - (begin + done) % call.page;
-      for (const int64_t end = std::min(count, done + left); done < end; ++done) {
+      const int64_t end = std::min(known, done + call.page - (begin + done) % call.page);
+      for (; done < end; ++done) {
         at[done] = next;
         next += call.kv_heads * call.dim;
       }
     }
-    for (int64_t i = count; i % kLanes != 0; ++i) at[i] = at[count - 1];
-    return {at, count, call.dim, page_size()};
+    for (; done < kSpan + kAheadMost; ++done) at[done] = at[known - 1];
+    return {at, std::min(kSpan, left), call.dim, page_size()};
   }
 
   // What a block's queries see of a span.

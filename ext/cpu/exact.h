@@ -1,6 +1,7 @@
-// Attention of one block and kv head in float32: a way of attend.cpp.
+// Attention of a block in float32: a way of attend.cpp.
 #pragma once
 #include "attention.h"
+#include "sweep.h"
 #include "turned.h"
 
 namespace blockllm {
@@ -18,33 +19,19 @@ struct Exact {
       a.prepare_query(reach, head, i, to + i * a.call.dim);
   }
 
-  // The partial result of a piece.
+  // The partial results of a piece's heads.
   void attend(const Piece& piece, const float* query, float* to) const {
-    const Reach& reach = piece.reach;
-    const Keys<T> keys = a.keys(reach, piece.head, piece.span);
-    const Seen seen = a.seen(reach, piece.span);
-    const int64_t queries = a.queries_of(reach);
-    const Partial out(to, queries);
-    float* scores = scratch<kScores>(queries * kSpan);
-    const int64_t bytes = piece.fetched_heads * a.call.dim * sizeof(typename T::Element);
-    if (queries < kQueriesToTurn) {
-      score(query, queries, keys, bytes, scores);
-    } else {
-      score_turned(query, queries, keys, seen, bytes, scores);
-    }
-    for (int64_t i = 0; i < queries; ++i) {
-      float* own = scores + i * kSpan;
-      soften(own, seen.begin(i), seen.end(i), keys.count, out.maximum[i], out.sum[i]);
-    }
-    weigh(scores, queries, keys, seen, out.values);
+    a.queries_of(piece.reach) < kQueriesToTurn ? attend_few(piece, query, to)
+                                               : attend_many(piece, query, to);
   }
 
-  // The same, folded into the state of the spans before it.
-  void go_on(const Piece& piece, const float* query, float* state) const {
-    const int64_t queries = a.queries_of(piece.reach);
-    float* span = scratch<kSpanResult>(floats(queries));
+  // The same, folded into the states of the spans before it.
+  void go_on(const Piece& piece, const float* query, float* states) const {
+    const int64_t queries = a.queries_of(piece.reach), apart = floats(queries);
+    float* span = scratch<kSpanResult>(piece.heads.count * apart);
     attend(piece, query, span);
-    fold(span, queries, state);
+    for (int64_t h = 0; h < piece.heads.count; ++h)
+      fold(span + h * apart, queries, states + h * apart);
   }
 
   void fold(float* span, int64_t queries, float* state) const {
@@ -59,6 +46,42 @@ struct Exact {
       const float inverse = 1.0f / state.sum[i];
       for (int64_t d = 0; d < dim; ++d) out[d] = state.values[i * dim + d] * inverse;
     }
+  }
+
+ private:
+  void attend_few(const Piece& piece, const float* query, float* to) const {
+    const int64_t queries = a.queries_of(piece.reach), heads = piece.heads.count;
+    const Keys<T> keys = a.keys(piece.reach, piece.heads.first, piece.span);
+    const Seen seen = a.seen(piece.reach, piece.span);
+    const int64_t first = seen.begin(0) / kWeighed * kWeighed;
+    float* scores = scratch<kScores>(heads * queries * kSpan);
+    score_heads(query, queries, keys, heads, first, scores);
+    for (int64_t h = 0; h < heads; ++h)
+      soften_all(seen, queries, keys.count, scores + h * queries * kSpan, to + h * floats(queries));
+    weigh_heads(scores, queries, keys, heads, seen, first, Partial(to, queries).values,
+                floats(queries));
+  }
+
+  void attend_many(const Piece& piece, const float* query, float* to) const {
+    const int64_t queries = a.queries_of(piece.reach), heads = piece.heads.count;
+    const Seen seen = a.seen(piece.reach, piece.span);
+    float* scores = scratch<kScores>(queries * kSpan);
+    int64_t bytes = heads * a.call.dim * sizeof(typename T::Element);  // of all heads, in one sweep
+    for (int64_t h = 0; h < heads; ++h, bytes = 0) {
+      const Keys<T> keys = a.keys(piece.reach, piece.heads.first + h, piece.span);
+      float* own = to + h * floats(queries);
+      score_turned(query + h * query_floats(queries), queries, keys, seen, bytes, scores);
+      soften_all(seen, queries, keys.count, scores, own);
+      weigh(scores, queries, keys, {seen, {0, keys.count}, true}, Partial(own, queries).values);
+    }
+  }
+
+  // The softmax of each query's scores.
+  static void soften_all(const Seen& seen, int64_t queries, int64_t count, float* scores,
+                         float* to) {
+    const Partial out(to, queries);
+    for (int64_t i = 0; i < queries; ++i)
+      soften(scores + i * kSpan, seen.begin(i), seen.end(i), count, out.maximum[i], out.sum[i]);
   }
 };
 

@@ -11,7 +11,8 @@
 
 #include "chunk.h"
 #include "norm.h"
-#include "widen.h"
+#include "scratch.h"
+#include "tile.h"
 
 namespace blockllm {
 
@@ -69,6 +70,19 @@ struct GroupedCall {
 // From so many groups of rows on, turning codes into floats once pays.
 constexpr int64_t kRowGroupsToTurn = 2;
 
+// The codes of a group as floats.
+template <class T>
+const uint32_t* turn_codes(const uint8_t* codes, int64_t run) {
+  float* turned = scratch<kTurnedCodes>(T::kInputs * kPanel);
+  for (int64_t k = 0; k < run; ++k) {
+    Vec low, high;
+    T::widen(codes + k * kElements<T>, low, high);
+    store(turned + k * kPanel, low);
+    store(turned + k * kPanel + kLanes, high);
+  }
+  return reinterpret_cast<const uint32_t*>(turned);
+}
+
 // sums[panel][row][kPanel] of the call.
 template <class T>
 void multiply_groups(const GroupedCall& call, float* sums) {
@@ -79,7 +93,7 @@ void multiply_groups(const GroupedCall& call, float* sums) {
   for (int64_t j = 0; j < inner; ++j, at += kGroupBytes<T>) {
     const int64_t first = j * T::kInputs, run = std::min(T::kInputs, m.in - first);
     const uint8_t* codes = at + kHeadBytes<T>;
-    const uint32_t* turned = row_groups >= kRowGroupsToTurn ? widen<T>(codes, run) : nullptr;
+    const uint32_t* turned = row_groups >= kRowGroupsToTurn ? turn_codes<T>(codes, run) : nullptr;
     for (int64_t g = 0; g < row_groups; ++g) {
       const Rows group = part(call.rows, row_groups, g);
       const float* a = call.packed + group.first * m.in + first * group.count;

@@ -242,7 +242,10 @@ void project_chunks(Pool* pool, Projection& p, float* plain) {
 
 int64_t chunks_of(const ProjectCall& call, bool has_tiles, int64_t threads) {
   const int64_t rows = call.rows;
-  if (!has_tiles) return rows <= kOneChunk ? 1 : ceil_div(rows, kChunk);
+  if (!has_tiles) {
+    const int64_t chunks = rows <= kOneChunk ? 1 : ceil_div(rows, kChunk);
+    return chunks < threads ? chunks : ceil_div(chunks, threads) * threads;  // as many for each
+  }
   const int64_t most = std::clamp(ceil_div(rows, threads), kMostRows / 2, kMostRows);
   const int64_t row_bytes = Groups(1, pieces_of(call)).size(call.width) * 2;
   return ceil_div(rows, std::clamp(kCutBytes / row_bytes / 32 * 32, kFewestRows, most));

@@ -17,8 +17,9 @@ void foresee(Pool* pool, const ProjectCall& call);
 // Rows per task, and up to how many are not divided.
 constexpr int64_t kChunk = 48;
 constexpr int64_t kOneChunk = 96;
-// Groups of rows from which widening a panel's run once pays; wide registers do it on the way.
-constexpr int64_t kGroupsToWiden = kLanes == 8 ? 3 : INT64_MAX;
+// Inputs per pass, so that a panel's run stays in the first-level cache while groups of rows pass:
+// so many, or as many as take so many bytes.
+constexpr int64_t kRun = 256, kRunBytes = 16 << 10;
 
 // Of each of the call's rows.
 inline int64_t pieces_of(const ProjectCall& call) { return call.rounding != 0 ? 1 : kExactPieces; }
@@ -78,12 +79,11 @@ void multiply(const Projection& p, const LinearCall& linear, const Rows& panels,
   const Matrix& m = *linear.matrix;
   const int64_t rows = chunk.rows.count, stride = m.in * kPanel, groups = groups_of(rows);
   const auto* weights = static_cast<const Element*>(m.data) + panels.first * stride;
-  const bool wide = groups >= kGroupsToWiden && sizeof(Element) == 2;
-  const int64_t runs = groups == 1 ? 1 : ceil_div(m.in, kRun), step = kPanel * sizeof(Element);
+  const int64_t step = kPanel * sizeof(Element);
+  const int64_t runs = groups == 1 ? 1 : ceil_div(m.in, std::max(kRun, kRunBytes / step));
   for (int64_t i = 0; i < runs; ++i) {
     const Rows run = part(m.in, runs, i);
     const Element* from = weights + run.first * kPanel;
-    const uint32_t* widened = wide ? widen<T>(from, run.count) : nullptr;
     const char* next =
         reinterpret_cast<const char*>(from) + (groups == 1 ? kAhead : run.count * step);
     for (int64_t g = 0; g < groups; ++g) {
@@ -98,15 +98,8 @@ void multiply(const Projection& p, const LinearCall& linear, const Rows& panels,
         const int64_t first = chunk.rows.first + group.first + some.first;
         fetch_target(linear, panels.first, {first, some.count});
       }
-      const auto tile = [&](auto type, const auto* panels_at, int64_t apart) {
-        tile_for<decltype(type)>(group.count, panels.count)(
-            {a, panels_at, apart, run.count, to, rows * kPanel, i == 0, soon, later});
-      };
-      if (wide) {
-        tile(Float32{}, widened, 0);
-      } else {
-        tile(T{}, from, stride);
-      }
+      tile_for<T>(group.count, panels.count)(
+          {a, from, stride, run.count, to, rows * kPanel, i == 0, soon, later});
     }
   }
 }

@@ -1,4 +1,4 @@
-// Attention of one block and kv head by AMX, with queries and softmax weights rounded to bfloat16:
+// Attention of a block by AMX, with queries and softmax weights rounded to bfloat16:
 // a way of attend.cpp. Queries lie in stripes of 16, which are computed two by two.
 #pragma once
 #include "attention.h"
@@ -31,14 +31,14 @@ struct Rounded {
     }
   }
 
-  // The partial result of a piece.
+  // The partial results of a piece's heads.
   void attend(const Piece& piece, const float* query, float* out) const {
     each_pair(piece, query, [&](const Span& span, auto stripes, int64_t stripe) {
       attend_stripes<decltype(stripes)::value>(span, out + stripe * Stripe::floats(width()));
     });
   }
 
-  // The same, folded into the state of the spans before it.
+  // The same, folded into the states of the spans before it.
   void go_on(const Piece& piece, const float* query, float* state) const {
     const int64_t floats = Stripe::floats(width());
     float* result = scratch<kSpanResult>(2 * floats);
@@ -74,15 +74,27 @@ struct Rounded {
     Sight sights[2];
   };
 
-  // Calls body for every two stripes.
+  // Calls body for every two stripes of each head.
   template <class Body>
   void each_pair(const Piece& piece, const float* query, const Body& body) const {
-    const Keys<BFloat16> keys = a.keys(piece.reach, piece.head, piece.span);
+    const int64_t queries = a.queries_of(piece.reach), stripes = ceil_div(queries, kHeight);
+    // All heads in one sweep. Many queries wait for no memory: they keep the core busy, and their
+    // context in its cache.
+    int64_t fetched = queries > kHeight ? 0 : piece.heads.count * a.call.dim * 2;
+    for (int64_t h = 0; h < piece.heads.count; ++h, fetched = 0)
+      pairs_of_head(piece, h, fetched, query + h * query_floats(queries),
+                    [&](const Span& span, auto some, int64_t stripe) {
+                      body(span, some, h * stripes + stripe);
+                    });
+  }
+
+  template <class Body>
+  void pairs_of_head(const Piece& piece, int64_t head, int64_t fetched, const float* query,
+                     const Body& body) const {
+    const Keys<BFloat16> keys = a.keys(piece.reach, piece.heads.first + head, piece.span);
     const Seen seen = a.seen(piece.reach, piece.span);
     const int64_t queries = a.queries_of(piece.reach), low = seen.begin(0) / kDepth;
     auto* turned = scratch<kTurned, uint16_t>(width() * kSpan);
-    // Many queries wait for no memory: they keep the core busy, and their context in its cache.
-    const int64_t fetched = queries > kHeight ? 0 : piece.fetched_heads * a.call.dim * 2;
     turn_values(keys, low, fetched, turned);
     Span span{key_tiles(keys), turned, reinterpret_cast<const uint16_t*>(query), {}};
     const TileRegisters registers(kHeight, kHeight);

@@ -11,7 +11,7 @@ namespace blockllm {
 enum Use {
   // tiles of a projection
   kSums,
-  kWidened,
+  kTurnedCodes,
   // rows of a projection
   kRow,
   kRows,

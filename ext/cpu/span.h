@@ -14,6 +14,8 @@
 namespace blockllm {
 
 constexpr int64_t kSpan = 128;
+// How many positions ahead memory is fetched at most.
+constexpr int64_t kAheadMost = 16;
 
 // What a span (or all spans so far) says about each query: the largest score, the sum of
 // exp(score - maximum) and the values weighted so.
@@ -41,19 +43,25 @@ struct Seen {
 // Where the keys of a span lie, and their values, `value_offset` elements behind them.
 template <class T>
 struct Keys {
-  const typename T::Element* const* at;  // readable for whole vectors of positions
+  using Element = typename T::Element;
+
+  const Element* const* at;  // readable up to kSpan + kAheadMost: of the next span, else the last again
   int64_t count, dim, value_offset;
+  int64_t shift = 0;  // from `at` to the keys of the head
+
+  const Element* key(int64_t j) const { return at[j] + shift; }
+  const Element* value(int64_t j) const { return key(j) + value_offset; }
+  // Those of the head that lies so many heads behind.
+  Keys behind(int64_t heads) const { return {at, count, dim, value_offset, shift + heads * dim}; }
 };
 
 // Brings into the caches `bytes` from each key on, and from its value, ahead of their use. Pages
 // lie apart, so the hardware alone foresees little of it.
-constexpr int64_t kFetchAhead = 8;  // positions
-
 template <class T>
 void fetch(const Keys<T>& keys, int64_t first, int64_t last, int64_t bytes) {
   for (int64_t j = first; j < last && j < keys.count; ++j) {
-    const char* k = reinterpret_cast<const char*>(keys.at[j]);
-    const char* v = reinterpret_cast<const char*>(keys.at[j] + keys.value_offset);
+    const char* k = reinterpret_cast<const char*>(keys.key(j));
+    const char* v = reinterpret_cast<const char*>(keys.value(j));
     for (int64_t at = 0; at < bytes; at += 64) {
       _mm_prefetch(k + at, _MM_HINT_T0);
       _mm_prefetch(v + at, _MM_HINT_T1);
@@ -61,43 +69,13 @@ void fetch(const Keys<T>& keys, int64_t first, int64_t last, int64_t bytes) {
   }
 }
 
-// Scores of Q queries at four positions.
-template <class T, int Q>
-void score_tile(const float* query, const Keys<T>& keys, int64_t first, float* scores) {
-  const auto* const* at = keys.at + first;
-  Vec total[Q][4];
-  for (int q = 0; q < Q; ++q)
-    for (int j = 0; j < 4; ++j) total[q][j] = zero();
-  int64_t d = 0;
-  for (; d + kLanes <= keys.dim; d += kLanes) {
-    Vec x[Q];
-    for (int q = 0; q < Q; ++q) x[q] = load(query + q * keys.dim + d);
-    for (int j = 0; j < 4; ++j) {
-      const Vec key = T::row(at[j] + d);
-      for (int q = 0; q < Q; ++q) total[q][j] = fma(x[q], key, total[q][j]);
-    }
-  }
-  for (int q = 0; q < Q; ++q) {
-    float* to = scores + q * kSpan + first;
-    _mm_storeu_ps(to, sums(total[q][0], total[q][1], total[q][2], total[q][3]));
-    for (int64_t t = d; t < keys.dim; ++t)
-      for (int j = 0; j < 4; ++j) to[j] += query[q * keys.dim + t] * T::value(at[j][t]);
-  }
-}
-
-// scores[i][j] = <query i, key j>
-template <class T>
-void score(const float* query, int64_t queries, const Keys<T>& keys, int64_t fetched,
-           float* scores) {
-  fetch(keys, 0, kFetchAhead, fetched);
-  for (int64_t j = 0; j < keys.count; j += 4) {
-    fetch(keys, j + kFetchAhead, j + kFetchAhead + 4, fetched);
-    int64_t i = 0;
-    for (; i + 3 <= queries; i += 3)
-      score_tile<T, 3>(query + i * keys.dim, keys, j, scores + i * kSpan);
-    for (; i < queries; ++i)
-      score_tile<T, 1>(query + i * keys.dim, keys, j, scores + i * kSpan);
-  }
+// The lines of N elements. A core drops what is asked for while it waits for as much as it can: lines
+// are asked for one by one, between products.
+template <int N, class Element>
+void fetch_line(const Element* from) {
+#pragma GCC unroll 4
+  for (size_t at = 0; at < N * sizeof(Element); at += 64)
+    _mm_prefetch(reinterpret_cast<const char*>(from) + at, _MM_HINT_T0);
 }
 
 // Replaces scores [low, high) by exp(score - maximum), the others below `count` by zero.
@@ -126,58 +104,92 @@ struct Positions {
   int64_t first, last;
 };
 
-// values[q][0 .. D vectors) = sum over positions of weight times value, from element `d` on.
-template <class T, int Q, int D>
-void weigh_tile(const float* weights, const Keys<T>& keys, Positions seen, int64_t d, float* out) {
+// values[q][0 .. D vectors) (+)= the sum over positions of weight times value, from element `d` on.
+// Where AHEAD is not 0, the values of so many positions further on are fetched.
+template <class T, int AHEAD, int Q, int D>
+void weigh_tile(const float* weights, const Keys<T>& keys, Positions seen, int64_t d, bool anew,
+                float* out) {
   Vec total[Q][D];
+#pragma GCC unroll 6
   for (int q = 0; q < Q; ++q)
-    for (int i = 0; i < D; ++i) total[q][i] = zero();
+#pragma GCC unroll 4
+    for (int i = 0; i < D; ++i)
+      total[q][i] = anew ? zero() : load(out + q * keys.dim + d + i * kLanes);
   for (int64_t j = seen.first; j < seen.last; ++j) {
-    const auto* value = keys.at[j] + keys.value_offset + d;
-    Vec x[D];
-    for (int i = 0; i < D; ++i) x[i] = T::row(value + i * kLanes);
-    for (int q = 0; q < Q; ++q) {
-      const Vec weight = fill(weights[q * kSpan + j]);
-      for (int i = 0; i < D; ++i) total[q][i] = fma(weight, x[i], total[q][i]);
+    const auto* value = keys.value(j) + d;
+    if constexpr (AHEAD > 0) fetch_line<D * kLanes>(keys.value(j + AHEAD) + d);
+    const auto element = [&](int i) { return T::row(value + i * kLanes); };
+    const auto weight = [&](int q) { return fill(weights[q * kSpan + j]); };
+    constexpr int kHeld = std::min(Q, D);  // the fewer of both stay in registers
+    Vec held[kHeld];
+#pragma GCC unroll 4
+    for (int i = 0; i < kHeld; ++i) held[i] = Q < D ? weight(i) : element(i);
+    if constexpr (Q < D) {
+#pragma GCC unroll 4
+      for (int i = 0; i < D; ++i) {
+        const Vec x = element(i);
+#pragma GCC unroll 6
+        for (int q = 0; q < Q; ++q) total[q][i] = fma(held[q], x, total[q][i]);
+      }
+    } else {
+#pragma GCC unroll 6
+      for (int q = 0; q < Q; ++q) {
+        const Vec x = weight(q);
+#pragma GCC unroll 4
+        for (int i = 0; i < D; ++i) total[q][i] = fma(x, held[i], total[q][i]);
+      }
     }
   }
+#pragma GCC unroll 6
   for (int q = 0; q < Q; ++q)
+#pragma GCC unroll 4
     for (int i = 0; i < D; ++i) store(out + q * keys.dim + d + i * kLanes, total[q][i]);
 }
 
-template <class T, int Q>
-void weigh_queries(const float* weights, const Keys<T>& keys, Positions seen, float* out) {
+template <class T, int AHEAD, int Q>
+void weigh_queries(const float* weights, const Keys<T>& keys, Positions seen, bool anew,
+                   float* out) {
   constexpr int kWide = kLanes == 8 && Q > 3 ? 2 : 4;  // as many sums as registers hold
   int64_t d = 0;
   for (; d + kWide * kLanes <= keys.dim; d += kWide * kLanes)
-    weigh_tile<T, Q, kWide>(weights, keys, seen, d, out);
-  for (; d + kLanes <= keys.dim; d += kLanes) weigh_tile<T, Q, 1>(weights, keys, seen, d, out);
+    weigh_tile<T, AHEAD, Q, kWide>(weights, keys, seen, d, anew, out);
+  for (; d + kLanes <= keys.dim; d += kLanes)
+    weigh_tile<T, AHEAD, Q, 1>(weights, keys, seen, d, anew, out);
   for (; d < keys.dim; ++d) {
     for (int q = 0; q < Q; ++q) {
-      float total = 0;
+      float total = anew ? 0 : out[q * keys.dim + d];
       for (int64_t j = seen.first; j < seen.last; ++j)
-        total += weights[q * kSpan + j] * T::value(keys.at[j][keys.value_offset + d]);
+        total += weights[q * kSpan + j] * T::value(keys.value(j)[d]);
       out[q * keys.dim + d] = total;
     }
   }
 }
 
+// What some queries see of a span, within `some` positions: the first of several such calls, one
+// behind the other, begins `anew`.
+struct Sweep {
+  const Seen& seen;
+  Positions some;
+  bool anew;
+};
+
 // The values that Q queries from the i-th on see, weighted, into out [queries, dim].
-template <class T, int Q>
-void weigh_seen(const float* weights, const Keys<T>& keys, const Seen& seen, int64_t i,
+template <class T, int AHEAD, int Q>
+void weigh_seen(const float* weights, const Keys<T>& keys, const Sweep& sweep, int64_t i,
                 float* out) {
-  const Positions positions{seen.begin(i), seen.end(i + Q - 1)};
-  weigh_queries<T, Q>(weights + i * kSpan, keys, positions, out + i * keys.dim);
+  const Positions positions{std::max(sweep.some.first, sweep.seen.begin(i)),
+                            std::min(sweep.some.last, sweep.seen.end(i + Q - 1))};
+  weigh_queries<T, AHEAD, Q>(weights + i * kSpan, keys, positions, sweep.anew, out + i * keys.dim);
 }
 
 // out [queries, dim]: the values weighted.
-template <class T>
-void weigh(const float* weights, int64_t queries, const Keys<T>& keys, const Seen& seen,
+template <class T, int AHEAD = 0>
+void weigh(const float* weights, int64_t queries, const Keys<T>& keys, const Sweep& sweep,
            float* out) {
   int64_t i = 0;
-  for (; i + 6 <= queries; i += 6) weigh_seen<T, 6>(weights, keys, seen, i, out);
-  for (; i + 3 <= queries; i += 3) weigh_seen<T, 3>(weights, keys, seen, i, out);
-  for (; i < queries; ++i) weigh_seen<T, 1>(weights, keys, seen, i, out);
+  for (; i + 6 <= queries; i += 6) weigh_seen<T, AHEAD, 6>(weights, keys, sweep, i, out);
+  for (; i + 3 <= queries; i += 3) weigh_seen<T, AHEAD, 3>(weights, keys, sweep, i, out);
+  for (; i < queries; ++i) weigh_seen<T, AHEAD, 1>(weights, keys, sweep, i, out);
 }
 
 // Folds the next span into the state of those before it. A span that a query does not see leaves
