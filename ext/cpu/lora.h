@@ -12,9 +12,9 @@
 
 namespace blockllm {
 
-// Columns of a tile of up to four rows: as many sums as registers hold.
-constexpr int kShrinkColumns = kLanes == 16 ? 4 : 2;
+// Rows of a tile, and its columns: as many sums as registers hold.
 constexpr int kShrinkRows = 4;
+constexpr int shrink_columns(int rows) { return kLanes == 8 && rows == 4 ? 2 : 4; }
 
 // Calls body(group) for each group of the segment's rows within a chunk.
 template <class Body>
@@ -29,10 +29,11 @@ void for_groups(const Segment& s, const Rows& chunk, Body&& body) {
   }
 }
 
-// Dot products of R rows of x with J rows of A: out[j * stride + r].
+// Dot products of R rows of x with J rows of A: out[j * stride + r]. Meanwhile what lies at `soon` is
+// fetched, as much as is read of A.
 template <class T, int R, int J>
-void shrink_tile(const float* x, const typename T::Element* a, int64_t width, float scale,
-                 float* out, int64_t stride) {
+void shrink_tile(const float* x, const typename T::Element* a, const typename T::Element* soon,
+                 int64_t width, float scale, float* out, int64_t stride) {
   constexpr int kSums = (R * J + 3) / 4 * 4;
   Vec total[kSums];
 #pragma GCC unroll 16
@@ -44,9 +45,8 @@ void shrink_tile(const float* x, const typename T::Element* a, int64_t width, fl
     for (int r = 0; r < R; ++r) row[r] = load(x + r * width + k);
 #pragma GCC unroll 4
     for (int j = 0; j < J; ++j) {
-      const auto* from = a + j * width + k;
-      _mm_prefetch(reinterpret_cast<const char*>(from + J * width), _MM_HINT_T0);
-      const Vec factor = T::row(from);
+      _mm_prefetch(reinterpret_cast<const char*>(soon + j * width + k), _MM_HINT_T0);
+      const Vec factor = T::row(a + j * width + k);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) total[j * R + r] = fma(row[r], factor, total[j * R + r]);
     }
@@ -64,40 +64,64 @@ void shrink_tile(const float* x, const typename T::Element* a, int64_t width, fl
   }
 }
 
+// What is computed at once: ranks [first, first + count) of one group of a segment's rows. `next` is
+// what the thread reads next, as long as a tile's share of A.
+struct Shrink {
+  const Segment* segment;
+  Rows group, ranks;
+  float* shrunk;
+  const void* next;
+
+  const void* factors(int64_t width) const {
+    const int64_t element = segment->a_storage == Storage::kF32 ? 4 : 2;
+    return static_cast<const char*>(segment->a) + ranks.first * width * element;
+  }
+};
+
 template <class T, int R>
-void shrink_rows(const float* x, const typename T::Element* a, int64_t width, int64_t columns,
-                 float scale, float* out, int64_t stride) {
+void shrink_rows(const Shrink& s, const float* x, int64_t width, float scale, float* out) {
+  using Element = typename T::Element;
+  const auto* a = static_cast<const Element*>(s.factors(width));
+  const auto* next = static_cast<const Element*>(s.next);
+  constexpr int kColumns = shrink_columns(R);
+  const int64_t stride = s.group.count, last = s.ranks.count;
   int64_t j = 0;
-  for (; j + kShrinkColumns <= columns; j += kShrinkColumns)
-    shrink_tile<T, R, kShrinkColumns>(x, a + j * width, width, scale, out + j * stride, stride);
-  for (; j < columns; ++j)
-    shrink_tile<T, R, 1>(x, a + j * width, width, scale, out + j * stride, stride);
+  for (; j + kColumns <= last; j += kColumns) {
+    const Element* own = a + j * width;
+    const Element* soon = j + kColumns < last ? own + kColumns * width : next;
+    shrink_tile<T, R, kColumns>(x, own, soon, width, scale, out + j * stride, stride);
+  }
+  for (; j < last; ++j)
+    shrink_tile<T, R, 1>(x, a + j * width, next, width, scale, out + j * stride, stride);
 }
 
-// Ranks [first, first + count) of one group of rows: shrunk[j][i] = scale * <x[i], A[j]>.
+// shrunk[j][i] = scale * <x[i], A[j]>.
 template <class T>
-void shrink(const Segment& s, const Rows& group, const Rows& ranks, const float* rows,
-            int64_t width, float* shrunk) {
-  const auto* a = static_cast<const typename T::Element*>(s.a) + ranks.first * width;
-  const auto scale = static_cast<float>(s.scale);
-  float* out = shrunk + s.offset + (group.first - s.first) * s.rank + ranks.first * group.count;
-  for (int64_t i = 0; i < group.count; i += kShrinkRows) {
-    const float* x = rows + (group.first + i) * width;
-    const auto some = [&](auto count) {
-      shrink_rows<T, decltype(count)::value>(x, a, width, ranks.count, scale, out + i, group.count);
+void shrink(const Shrink& s, const float* rows, int64_t width) {
+  const Segment& segment = *s.segment;
+  const Rows& group = s.group;
+  const auto scale = static_cast<float>(segment.scale);
+  float* out = s.shrunk + segment.offset + (group.first - segment.first) * segment.rank +
+               s.ranks.first * group.count;
+  const int64_t parts = ceil_div(group.count, kShrinkRows);
+  for (int64_t i = 0; i < parts; ++i) {
+    const Rows some = part(group.count, parts, i);
+    const float* x = rows + (group.first + some.first) * width;
+    const auto tiles = [&](auto count) {
+      shrink_rows<T, decltype(count)::value>(s, x, width, scale, out + some.first);
     };
-    switch (std::min<int64_t>(kShrinkRows, group.count - i)) {
+    switch (some.count) {
       case 1:
-        some(std::integral_constant<int, 1>());
+        tiles(std::integral_constant<int, 1>());
         break;
       case 2:
-        some(std::integral_constant<int, 2>());
+        tiles(std::integral_constant<int, 2>());
         break;
       case 3:
-        some(std::integral_constant<int, 3>());
+        tiles(std::integral_constant<int, 3>());
         break;
       default:
-        some(std::integral_constant<int, kShrinkRows>());
+        tiles(std::integral_constant<int, kShrinkRows>());
     }
   }
 }

@@ -37,13 +37,7 @@ void pack(const Rows& rows, int64_t g, int64_t width, const float* plain, float*
              packed + group.first * width);
 }
 
-struct ShrinkTask {
-  const Segment* segment;
-  float* shrunk;
-  Rows group, ranks;
-};
-
-// Calls body(segment, shrunk rows of its layer, group, ranks) for every task of the shrinking job.
+// Calls body for every task of the shrinking job.
 template <class Body>
 void for_shrinks(const Projection& p, float* shrunk, Body&& body) {
   for (int64_t i = 0; i < p.call.count; ++i) {
@@ -54,7 +48,7 @@ void for_shrinks(const Projection& p, float* shrunk, Body&& body) {
       for (int64_t c = 0; c < p.chunks; ++c)
         for_groups(*s, p.chunk(c), [&](const Rows& group) {
           for (int64_t j = 0; j < parts; ++j)
-            body(ShrinkTask{s, shrunk, group, part(s->rank, parts, j)});
+            body(Shrink{s, group, part(s->rank, parts, j), shrunk, nullptr});
         });
     }
     shrunk += patch->shrunk_floats;
@@ -77,14 +71,14 @@ const float* const* shrink_all(Pool* pool, const Projection& p) {
     starts[i] = start;
     start += patch == nullptr ? 0 : patch->shrunk_floats;
   }
-  for_shrinks(p, shrunk, [&](const ShrinkTask&) { ++tasks; });
-  auto* list = scratch<kShrinkTasks, ShrinkTask>(tasks);
-  for_shrinks(p, shrunk, [&, n = int64_t{0}](const ShrinkTask& task) mutable { list[n++] = task; });
+  for_shrinks(p, shrunk, [&](const Shrink&) { ++tasks; });
+  auto* list = scratch<kShrinkTasks, Shrink>(tasks);
+  for_shrinks(p, shrunk, [&, n = int64_t{0}](const Shrink& task) mutable { list[n++] = task; });
+  for (int64_t i = 0; i < tasks; ++i)
+    list[i].next = list[std::min(i + 1, tasks - 1)].factors(p.call.width);
   pool->run(tasks, [&](int64_t i) {
-    const ShrinkTask& t = list[i];
-    with_storage(t.segment->a_storage, [&](auto type) {
-      shrink<decltype(type)>(*t.segment, t.group, t.ranks, p.plain, p.call.width, t.shrunk);
-    });
+    with_storage(list[i].segment->a_storage,
+                 [&](auto type) { shrink<decltype(type)>(list[i], p.plain, p.call.width); });
   });
   return starts;
 }

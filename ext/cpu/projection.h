@@ -17,9 +17,8 @@ void foresee(Pool* pool, const ProjectCall& call);
 // Rows per task, and up to how many are not divided.
 constexpr int64_t kChunk = 48;
 constexpr int64_t kOneChunk = 96;
-// Inputs per pass, so that a panel's run stays in the first-level cache while groups of rows pass:
-// so many, or as many as take so many bytes.
-constexpr int64_t kRun = 256, kRunBytes = 16 << 10;
+// Inputs per pass, in bytes of a panel: it stays near while groups of rows pass.
+constexpr int64_t kRunBytes = kLanes == 8 ? 32 << 10 : 16 << 10;
 
 // Of each of the call's rows.
 inline int64_t pieces_of(const ProjectCall& call) { return call.rounding != 0 ? 1 : kExactPieces; }
@@ -80,7 +79,7 @@ void multiply(const Projection& p, const LinearCall& linear, const Rows& panels,
   const int64_t rows = chunk.rows.count, stride = m.in * kPanel, groups = groups_of(rows);
   const auto* weights = static_cast<const Element*>(m.data) + panels.first * stride;
   const int64_t step = kPanel * sizeof(Element);
-  const int64_t runs = groups == 1 ? 1 : ceil_div(m.in, std::max(kRun, kRunBytes / step));
+  const int64_t runs = groups == 1 ? 1 : ceil_div(m.in, kRunBytes / step);
   for (int64_t i = 0; i < runs; ++i) {
     const Rows run = part(m.in, runs, i);
     const Element* from = weights + run.first * kPanel;

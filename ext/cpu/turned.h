@@ -1,7 +1,7 @@
 // Scores of many queries over one span: keys are turned round once, so that a vector holds one
 // element of several positions and nothing has to be summed across lanes.
 //
-// The sums are those of span.h to the last bit: element d belongs to the chain of lane d % kLanes,
+// The sums are those of sweep.h to the last bit: element d belongs to the chain of lane d % kLanes,
 // and chains are added as `sums` adds lanes.
 #pragma once
 #include "span.h"
@@ -11,7 +11,7 @@ namespace blockllm {
 
 // From so many queries on, turning pays.
 constexpr int64_t kQueriesToTurn = 12;
-constexpr int kTurnedVectors = kLanes == 16 ? 2 : 1;
+constexpr int kTurnedVectors = 2;
 constexpr int64_t kKeysAtOnce = kLanes == 16 ? 16 : 4;
 constexpr int64_t kTurnedPositions = kTurnedVectors * kLanes;
 

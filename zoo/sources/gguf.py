@@ -62,6 +62,8 @@ def _load(path: Path, dtype: str) -> Checkpoint:
         if loading[problem]:
             raise BadCheckpoint(f"{path} {verb} {min(loading[problem])!r}")
     model.config.tie_word_embeddings = tied
+    # Converters of others go by the name of the class, which a .gguf file does not say.
+    model.config.architectures = [type(model).__name__]
     # The weights are plain now; the mark of the packed ones would make transformers refuse to load
     # what export writes.
     if hasattr(model.config, "quantization_config"):

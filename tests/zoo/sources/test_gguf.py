@@ -1,5 +1,6 @@
 """A .gguf becomes what transformers makes of it."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ def test_it_exports_what_transformers_reads(
     out = export(root, "m", tmp_path / "out", Quiet())
     ours = AutoModelForCausalLM.from_pretrained(out)
     assert ours.dtype == theirs.dtype
+    assert json.loads((out / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     for name, tensor in theirs.state_dict().items():
         assert torch.equal(tensor, ours.state_dict()[name]), name
     text = "A block is a run of units, naïve 🙂."
