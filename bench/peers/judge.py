@@ -177,6 +177,7 @@ def _figures(cell: Cell, row: Row, summary: Summary) -> dict[str, Figure]:
         "swing": swing(values),
         "rounds": len(values),
         "MB": summary.memory_bytes / 1e6,
+        "RSS MB": max(turn.rss_bytes for turn in row.turns) / 1e6,
         "start s": row.start_s,
         "others": median([turn.others for turn in row.turns]),
     }

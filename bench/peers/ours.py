@@ -25,8 +25,8 @@ from zoo.errors import ZooError
 NAME, ROUNDED = "BlockLLM", "BlockLLM bf16"
 ALONE, LAST_LAYERS = "only the base asked", "last 4 layers tuned"
 EXACT, DELTA = "all tuned, exact", "all tuned, deltas"
-# Room for the 8,192 tokens or so that the slots of other servers hold.
-_KV_BYTES = 384 << 20
+# Room for 6,500 tokens: 32 requests of 192, which is the most that a cell has at once.
+_KV_BYTES = 288 << 20
 FLAGS = {
     NAME: ("--kv-cache-memory-bytes", str(_KV_BYTES)),
     ROUNDED: ("--kv-cache-memory-bytes", str(_KV_BYTES // 2), "--dtype", "bfloat16"),

@@ -27,10 +27,12 @@ _OTHER_PROMPTS = 500
 
 
 class Turn(msgspec.Struct, frozen=True):
-    """One arrangement's play of one cell. `spent` is what the worker's clocks counted meanwhile."""
+    """One arrangement's play of one cell. `memory_bytes` counts a page that several processes share
+    once, `rss_bytes` once for each; `spent` is what the worker's clocks counted meanwhile."""
 
     outcome: Outcome
     memory_bytes: int
+    rss_bytes: int
     others: float
     spent: dict[str, float]
 
@@ -142,10 +144,10 @@ class Rounds:
         others = busy.others(outcome.cpu_s)
         spent = Counter(one.spent())
         spent.subtract(before)
-        return Turn(outcome, _memory(one.pids), others, dict(spent))
+        return Turn(outcome, *_memory(one.pids), others, dict(spent))
 
 
-def _memory(pids: Sequence[int]) -> int:
-    """Their memory, pages that several share counted once (PSS)."""
-    found = {one.pid: one.pss_bytes for pid in pids for one in footprints(pid)}
-    return sum(found.values())
+def _memory(pids: Sequence[int]) -> tuple[int, int]:
+    """Of all processes together: their shares of shared pages (PSS), and what each has (RSS)."""
+    found = {one.pid: one for pid in pids for one in footprints(pid)}.values()
+    return sum(one.pss_bytes for one in found), sum(one.rss_bytes for one in found)

@@ -5,8 +5,9 @@ that cannot be had is left out, and said so. Loads come over HTTP from a process
 has no server gets its batches through a pipe. Cells are played in turns (A B A B) by everybody;
 values are medians, `swing` is (largest - smallest) / median, `ours / it` how many times as good
 ours is, `MB` the most memory that all processes of the arrangement took together, each shared page
-counted once, `others` the cores that other processes kept busy. A fine-tune is a whole model to
-every peer, whatever part of it was tuned.
+counted once (`RSS MB`: once for each process that has it, as other tools count), `others` the cores
+that other processes kept busy. A fine-tune is a whole model to every peer, whatever part of it was
+tuned.
 """
 
 from collections.abc import Iterator, Sequence

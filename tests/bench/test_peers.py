@@ -109,7 +109,7 @@ def test_who_is_slow_plays_once():
 def row(name: str, cell: Cell, seconds: list[float], memory: int, *, ours: bool = False) -> Row:
     job = msgspec.structs.replace(job_of(cell, PLAY, seed=0), output_tokens=(2, 2))
     spent = {"total": 2 * seconds[0], "idle": 1.5 * seconds[0], "ops": 0.4 * seconds[0]}
-    turns = [Turn(outcome(job, one), memory, 0.0, spent) for one in seconds]
+    turns = [Turn(outcome(job, one), memory, 2 * memory, 0.0, spent) for one in seconds]
     one = Arrangement(name, cell.group, (), lambda: None, is_ours=ours)
     return Row(one, 1.0, turns)
 
