@@ -75,9 +75,40 @@ void add_group(const Group& group, const Vec (&low)[P][M], const Vec (&high)[P][
   }
 }
 
+// Inputs that are taken at once: what is not a product, such as fetches and counting, costs little
+// beside so many.
+constexpr int64_t kInputs = 8;
+
+// Asks for the lines of a stream up to its next kInputs inputs.
+inline void advance(const char*& at, const char*& end, int64_t pace) {
+  end += kInputs * pace;
+  for (; at < end; at += 64) _mm_prefetch(at, _MM_HINT_T0);
+}
+
+// low, high [p][i] += a[i] * weights[p].
+template <class T, int M, int P>
+[[gnu::always_inline]] inline void multiply_input(const float* a,
+                                                  const typename T::Element* weights,
+                                                  int64_t panel_stride, Vec (&low)[P][M],
+                                                  Vec (&high)[P][M]) {
+  Vec w_low[P], w_high[P];
+#pragma GCC unroll 4
+  for (int p = 0; p < P; ++p) T::widen(weights + p * panel_stride, w_low[p], w_high[p]);
+#pragma GCC unroll 12
+  for (int i = 0; i < M; ++i) {
+    const Vec x = fill(a[i]);
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) {
+      low[p][i] = fma(x, w_low[p], low[p][i]);
+      high[p][i] = fma(x, w_high[p], high[p][i]);
+    }
+  }
+}
+
 // sums[p][i][kPanel] (+)= a[k][i] * weights[p][k][kPanel] for k < run.
 template <class T, int M, int P>
 void multiply_tile(const TileCall<typename T::Element>& c) {
+  using Element = typename T::Element;
   Vec low[P][M], high[P][M];
   const bool codes = kMayBeCodes<T> && c.group.scales != nullptr;
   const bool anew = c.first || codes;
@@ -91,36 +122,31 @@ void multiply_tile(const TileCall<typename T::Element>& c) {
     }
   }
   const float* a = c.a;
-  const auto* weights = c.weights;
-  const char* soon = c.soon.at;
-  const char* later = c.later.at;
-#pragma GCC unroll 2
-  for (int64_t k = 0; k < c.run; ++k) {
+  const Element* weights = c.weights;
+  const char *soon = c.soon.at, *soon_end = soon;
+  const char *later = c.later.at, *later_end = later;
+  int64_t k = 0;
+  for (; k + kInputs <= c.run; k += kInputs) {
     if constexpr (P == 1) {
-      _mm_prefetch(soon, _MM_HINT_T0);
-      _mm_prefetch(later, _MM_HINT_T0);
-      soon += c.soon.pace;
-      later += c.later.pace;
-    } else {
-      for (int p = 0; p < P; ++p)
-        _mm_prefetch(reinterpret_cast<const char*>(weights + p * c.panel_stride) + kAhead,
-                     _MM_HINT_T0);
+      advance(soon, soon_end, c.soon.pace);
+      advance(later, later_end, c.later.pace);
     }
-    Vec w_low[P], w_high[P];
+#pragma GCC unroll 8
+    for (int64_t j = 0; j < kInputs; ++j) {
+      const Element* at = weights + j * kElements<T>;
+      if constexpr (P > 1) {  // where little is computed, a fetch may be dropped: each is asked twice
 #pragma GCC unroll 4
-    for (int p = 0; p < P; ++p) T::widen(weights + p * c.panel_stride, w_low[p], w_high[p]);
-    weights += kElements<T>;
-#pragma GCC unroll 12
-    for (int i = 0; i < M; ++i) {
-      const Vec x = fill(a[i]);
-#pragma GCC unroll 4
-      for (int p = 0; p < P; ++p) {
-        low[p][i] = fma(x, w_low[p], low[p][i]);
-        high[p][i] = fma(x, w_high[p], high[p][i]);
+        for (int p = 0; p < P; ++p)
+          _mm_prefetch(reinterpret_cast<const char*>(at + p * c.panel_stride) + kAhead,
+                       _MM_HINT_T0);
       }
+      multiply_input<T, M, P>(a + j * M, at, c.panel_stride, low, high);
     }
-    a += M;
+    weights += kInputs * kElements<T>;
+    a += kInputs * M;
   }
+  for (; k < c.run; ++k, weights += kElements<T>, a += M)
+    multiply_input<T, M, P>(a, weights, c.panel_stride, low, high);
   if constexpr (kMayBeCodes<T>) {
     if (codes) return add_group<M, P>(c.group, low, high, c.sums, c.sums_stride, c.first);
   }
