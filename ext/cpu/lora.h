@@ -29,8 +29,8 @@ void for_groups(const Segment& s, const Rows& chunk, Body&& body) {
   }
 }
 
-// Dot products of R rows of x with J rows of A: out[j * stride + r]. Meanwhile what lies at `soon` is
-// fetched, as much as is read of A.
+// Dot products of R rows of x with J rows of A: out[j * stride + r]. Meanwhile what lies at `soon`
+// is fetched, as much as is read of A.
 template <class T, int R, int J>
 void shrink_tile(const float* x, const typename T::Element* a, const typename T::Element* soon,
                  int64_t width, float scale, float* out, int64_t stride) {
@@ -64,8 +64,8 @@ void shrink_tile(const float* x, const typename T::Element* a, const typename T:
   }
 }
 
-// What is computed at once: ranks [first, first + count) of one group of a segment's rows. `next` is
-// what the thread reads next, as long as a tile's share of A.
+// What is computed at once: ranks [first, first + count) of one group of a segment's rows. `next`
+// is what the thread reads next, as long as a tile's share of A.
 struct Shrink {
   const Segment* segment;
   Rows group, ranks;

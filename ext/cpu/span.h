@@ -45,7 +45,8 @@ template <class T>
 struct Keys {
   using Element = typename T::Element;
 
-  const Element* const* at;  // readable up to kSpan + kAheadMost: of the next span, else the last again
+  // Readable up to kSpan + kAheadMost: of the next span, else the last again.
+  const Element* const* at;
   int64_t count, dim, value_offset;
   int64_t shift = 0;  // from `at` to the keys of the head
 
@@ -69,8 +70,8 @@ void fetch(const Keys<T>& keys, int64_t first, int64_t last, int64_t bytes) {
   }
 }
 
-// The lines of N elements. A core drops what is asked for while it waits for as much as it can: lines
-// are asked for one by one, between products.
+// The lines of N elements. A core drops what is asked for while it waits for as much as it can:
+// lines are asked for one by one, between products.
 template <int N, class Element>
 void fetch_line(const Element* from) {
 #pragma GCC unroll 4

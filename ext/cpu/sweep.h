@@ -1,6 +1,6 @@
-// Attention of few queries over one span, several heads of it together. Little is computed with what
-// is read, so memory is what counts: heads lie side by side at each position, and keys, then values,
-// are read in one sweep, while those that come next are fetched.
+// Attention of few queries over one span, several heads of it together. Little is computed with
+// what is read, so memory is what counts: heads lie side by side at each position, and keys, then
+// values, are read in one sweep, while those that come next are fetched.
 #pragma once
 #include "span.h"
 
@@ -9,7 +9,7 @@ namespace blockllm {
 // Positions that are scored, and weighed, at a time, and how far ahead they are fetched.
 constexpr int64_t kScored = 4, kWeighed = 16;
 constexpr int kScoreAhead = 12, kWeighAhead = 8;
-static_assert(kScored + kScoreAhead <= kAheadMost + 1 && kWeighAhead <= kAheadMost);
+static_assert(kScoreAhead <= kAheadMost && kWeighAhead <= kAheadMost);
 
 // What the elements [first, dim) of a tile add to its scores.
 template <class T>

@@ -75,13 +75,13 @@ void add_group(const Group& group, const Vec (&low)[P][M], const Vec (&high)[P][
   }
 }
 
-// Inputs that are taken at once: what is not a product, such as fetches and counting, costs little
-// beside so many.
-constexpr int64_t kInputs = 8;
+// Inputs that a tile takes at once: what is not a product, such as fetches and counting, costs
+// little beside so many.
+constexpr int64_t kAtOnce = 8;
 
-// Asks for the lines of a stream up to its next kInputs inputs.
+// Asks for the lines of a stream up to its next kAtOnce inputs.
 inline void advance(const char*& at, const char*& end, int64_t pace) {
-  end += kInputs * pace;
+  end += kAtOnce * pace;
   for (; at < end; at += 64) _mm_prefetch(at, _MM_HINT_T0);
 }
 
@@ -126,15 +126,15 @@ void multiply_tile(const TileCall<typename T::Element>& c) {
   const char *soon = c.soon.at, *soon_end = soon;
   const char *later = c.later.at, *later_end = later;
   int64_t k = 0;
-  for (; k + kInputs <= c.run; k += kInputs) {
+  for (; k + kAtOnce <= c.run; k += kAtOnce) {
     if constexpr (P == 1) {
       advance(soon, soon_end, c.soon.pace);
       advance(later, later_end, c.later.pace);
     }
 #pragma GCC unroll 8
-    for (int64_t j = 0; j < kInputs; ++j) {
+    for (int64_t j = 0; j < kAtOnce; ++j) {
       const Element* at = weights + j * kElements<T>;
-      if constexpr (P > 1) {  // where little is computed, a fetch may be dropped: each is asked twice
+      if constexpr (P > 1) {  // little is computed and a fetch may be dropped: most are asked twice
 #pragma GCC unroll 4
         for (int p = 0; p < P; ++p)
           _mm_prefetch(reinterpret_cast<const char*>(at + p * c.panel_stride) + kAhead,
@@ -142,8 +142,8 @@ void multiply_tile(const TileCall<typename T::Element>& c) {
       }
       multiply_input<T, M, P>(a + j * M, at, c.panel_stride, low, high);
     }
-    weights += kInputs * kElements<T>;
-    a += kInputs * M;
+    weights += kAtOnce * kElements<T>;
+    a += kAtOnce * M;
   }
   for (; k < c.run; ++k, weights += kElements<T>, a += M)
     multiply_input<T, M, P>(a, weights, c.panel_stride, low, high);
