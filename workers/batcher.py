@@ -7,7 +7,7 @@ are still on their way to it (variants that part and meet again share both ends)
 worker's loop; no clock, no I/O, no weights."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -36,12 +36,21 @@ class Step:
         """Whether it computes the newest token, so that the next one can be chosen."""
         return self.end == self.request.length
 
+    @property
+    def wanted(self) -> range:
+        """Its positions whose logits are wanted, counted from its first: the newest token's, or for
+        logprobs of the prompt all but virtual ones."""
+        if self.request.sampling.prompt_logprobs >= 0 and self.request.is_prefilling:
+            virtual = self.request.chain.virtual - self.span.first
+            return range(min(max(0, virtual), self.count), self.count)
+        return range(self.count - self.is_last, self.count)
+
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Units [first, last) run for steps [steps of the wave by index], whose rows are `rows`: a
-    slice where they lie together, else row numbers. `runs` are (chain, first row, last row) within
-    them."""
+    """Units [first, last) run for steps [steps of the wave by index] over `rows`: a slice where
+    they lie together, else row numbers. These are all rows of the steps, or in the tail of their
+    chain those whose logits are wanted. `runs` are (chain, first row, last row) within them."""
 
     block: int
     first: int
@@ -54,10 +63,12 @@ class Stage:
 @dataclass(frozen=True, slots=True)
 class Wave:
     """One advance of many requests: steps in row order, rows [starts[i], starts[i + 1]) each, and
-    the stages that carry them through their chains."""
+    the stages that carry them through their chains. `wanted` are the rows of each step, counted
+    from its first, whose logits somebody wants."""
 
     steps: tuple[Step, ...]
     starts: np.ndarray
+    wanted: tuple[range, ...]
     stages: tuple[Stage, ...]
 
     @property
@@ -127,9 +138,9 @@ class _Budget:
         return True
 
 
-def arrange(steps: Sequence[Step], cuts: Sequence[int] = ()) -> Wave:
+def arrange(steps: Sequence[Step], cuts: Sequence[int] = (), *, whole: bool = False) -> Wave:
     """Put steps in an order that keeps rows of a block together and lay out the stages; none passes
-    over a depth in `cuts`."""
+    over a depth in `cuts`. If `whole`, all rows pass everything but the head."""
     paths_of = {s.request.chain.id: s.request.chain.path for s in steps}
     ordered = sorted(
         steps, key=lambda s: (paths_of[s.request.chain.id], s.request.chain.id, s.span.depth)
@@ -138,13 +149,18 @@ def arrange(steps: Sequence[Step], cuts: Sequence[int] = ()) -> Wave:
     starts = np.zeros(len(ordered) + 1, np.int32)
     np.cumsum(counts, out=starts[1:])
     runs = _runs(ordered)
-    bounds = sorted({*cuts, *_cuts(ordered)})
-    paths = [_pieces(ordered[first], bounds) for first, _ in runs]
-    stages = [
-        _stage(piece, [runs[i] for i in members], ordered, starts)
+    wanted = tuple(step.wanted for step in ordered)
+    bounds = {*cuts, *_cuts(ordered)}
+    if not whole:
+        unwanted = (s for s, own in zip(ordered, wanted, strict=True) if len(own) < s.count)
+        bounds.update(step.request.chain.tail for step in unwanted)
+    paths = [_pieces(ordered[first], sorted(bounds)) for first, _ in runs]
+    wave = Wave(tuple(ordered), starts, wanted, ())
+    stages = (
+        _stage(piece, [runs[i] for i in members], wave, whole=whole)
         for piece, members in schedule(paths)
-    ]
-    return Wave(tuple(ordered), starts, tuple(stages))
+    )
+    return replace(wave, stages=tuple(stage for stage in stages if stage.runs))
 
 
 def schedule(paths: Sequence[Sequence[Piece]]) -> list[tuple[Piece, list[int]]]:
@@ -215,22 +231,41 @@ def _pieces(step: Step, cuts: Sequence[int]) -> list[Piece]:
     return pieces
 
 
-def _stage(
-    piece: Piece, runs: list[tuple[int, int]], steps: Sequence[Step], starts: np.ndarray
-) -> Stage:
+def _stage(piece: Piece, runs: list[tuple[int, int]], wave: Wave, *, whole: bool) -> Stage:
     members = [i for first, last in runs for i in range(first, last)]
     chains: list[tuple[ServedChain, int, int]] = []
     ranges: list[np.ndarray] = []
     row = 0
     for first, last in runs:
-        low, high = int(starts[first]), int(starts[last])
-        chain = steps[first].request.chain
+        chain = wave.steps[first].request.chain
+        narrow = piece[1] >= (len(chain.units) - 1 if whole else chain.tail)
+        rows = _wanted_rows(wave, first, last) if narrow else _all_rows(wave, first, last)
+        if not len(rows):
+            continue
         if chains and chains[-1][0] is chain:
-            chains[-1] = (chain, chains[-1][1], row + high - low)
+            chains[-1] = (chain, chains[-1][1], row + len(rows))
         else:
-            chains.append((chain, row, row + high - low))
-        ranges.append(np.arange(low, high))
-        row += high - low
-    low, high = int(ranges[0][0]), int(ranges[-1][-1]) + 1
-    rows = slice(low, high) if high - low == row else np.concatenate(ranges)
-    return Stage(piece[0], piece[1], piece[2], tuple(members), rows, tuple(chains))
+            chains.append((chain, row, row + len(rows)))
+        ranges.append(rows)
+        row += len(rows)
+    return Stage(piece[0], piece[1], piece[2], tuple(members), _together(ranges), tuple(chains))
+
+
+def _all_rows(wave: Wave, first: int, last: int) -> np.ndarray:
+    """The rows of steps [first, last)."""
+    return np.arange(wave.starts[first], wave.starts[last])
+
+
+def _wanted_rows(wave: Wave, first: int, last: int) -> np.ndarray:
+    """Those whose logits are wanted."""
+    begins = wave.starts[first:last].tolist()
+    rows = [b + r for b, own in zip(begins, wave.wanted[first:last], strict=True) for r in own]
+    return np.array(rows, np.int64)
+
+
+def _together(ranges: Sequence[np.ndarray]) -> slice | np.ndarray:
+    """Row numbers, as a slice where they lie together."""
+    rows = np.concatenate(ranges) if ranges else np.arange(0)
+    if len(rows) and rows[-1] - rows[0] + 1 == len(rows):
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return rows

@@ -17,6 +17,7 @@ from zoo.manifest import (
     AttachmentDigest,
     EmbedSpec,
     Manifests,
+    MlpSpec,
     Prefix,
     SoftPrompt,
     StitchSpec,
@@ -59,7 +60,8 @@ class BlockRange:
 class ServedChain:
     """A chain in use. `lineages[d]` names units [0, d) with their attachments; `layers[u]` is the
     attention layer of unit u (or the number of layers below it); `full_depth` is the depth below
-    which all attention layers lie. `branches` are the depths where other chains part from it.
+    which all attention layers lie. From depth `tail` on, units see each row alone, so only rows
+    whose logits are wanted need go there. `branches` are the depths where other chains part from it.
 
     `hidden` is the width of the stream at the bottom, `stitches` are depths from which on it has
     another. `virtual` positions stand before a request's first token; the KV of the first `seeded`
@@ -74,6 +76,7 @@ class ServedChain:
     context: int
     lineages: tuple[str, ...]
     layers: tuple[int, ...]
+    tail: int
     kv: KvShape
     hidden: int
     vocabulary: int = 0
@@ -143,6 +146,7 @@ def describe(chain: ChainId, manifests: Manifests) -> ServedChain:
         seeded=seeded,
         lineages=tuple(lineages),
         layers=tuple(layers),
+        tail=_tail(units),
         kv=shapes.pop(),
         hidden=first.hidden,
         stitches=tuple(
@@ -151,6 +155,14 @@ def describe(chain: ChainId, manifests: Manifests) -> ServedChain:
             if isinstance(unit.spec, StitchSpec)
         ),
     )
+
+
+def _tail(units: Sequence[tuple[UnitDigest, Unit]]) -> int:
+    """The depth of the head, or of the MLPs that stand right below it."""
+    depth = len(units) - 1
+    while isinstance(units[depth - 1][1].spec, MlpSpec):
+        depth -= 1
+    return depth
 
 
 def _virtual(

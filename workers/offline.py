@@ -255,7 +255,7 @@ class Offline:
                 raise ValueError(f"{batch} sequences of {context} positions do not fit at once")
             span = Span(0, context - rows, context)
             steps = [Step(request, span, rows) for request in requests]
-            wave = arrange(steps, cuts)
+            wave = arrange(steps, cuts, whole=True)
             with torch.inference_mode():
                 times = [self._runner.time(wave) for _ in range(repeats)]
         finally:

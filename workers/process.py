@@ -123,7 +123,7 @@ def _resolve(config: wire.WorkerConfig) -> wire.WorkerConfig:
     else:
         shares, parked_bytes = _shares(config)
     # A CPU is saturated by few rows; more would only hold up the streams that decode beside them.
-    max_rows = config.max_rows or (256 if config.device == "cpu" else 2048)
+    max_rows = config.max_rows or (512 if config.device == "cpu" else 2048)
     return msgspec.structs.replace(
         config,
         threads=threads,

@@ -230,6 +230,8 @@ class Runner:
         """Run a decode stage as a captured step, if there is such a thing for it."""
         if self._replays is None or len(x) != len(stage.steps) or not passage.replayable:
             return False
+        if any(running.wave.steps[i].count > 1 for i in stage.steps):
+            return False
         cache = running.cache
         return self._replays.run(
             (id(cache), passage.layer, *passage.units),
@@ -245,36 +247,22 @@ class Runner:
 
     def _finish(self, running: _Running, stage: Stage) -> None:
         """The head, over the rows whose logits somebody wants."""
-        starts = running.wave.starts
-        rows: list[int] = []
         steps: list[Step] = []
         positions: list[int] = []
-        runs: list[tuple[ChainId, int, int]] = []
         for i in stage.steps:
-            step = running.wave.steps[i]
-            wanted = _wanted_rows(step)
-            chain = step.request.chain.id
-            if runs and runs[-1][0] == chain:
-                runs[-1] = (chain, runs[-1][1], len(rows) + len(wanted))
-            elif wanted:
-                runs.append((chain, len(rows), len(rows) + len(wanted)))
-            rows.extend(int(starts[i]) + r for r in wanted)
-            steps.extend([step] * len(wanted))
-            positions.extend(step.span.first + r for r in wanted)
-        if not rows:
-            return
+            step, wanted = running.wave.steps[i], running.wave.wanted[i]
+            steps += [step] * len(wanted)
+            positions += [step.span.first + row for row in wanted]
         chain = stage.runs[0][0]
         unit, worn = self._attachments.dress(
             stage.first,
             chain.id,
             self._units[chain.id][stage.first],
-            self._attachments.select(tuple(runs)),
+            self._attachments.select(tuple((c.id, a, b) for c, a, b in stage.runs)),
         )
         assert isinstance(unit, HeadUnit)
         at = layers.Context(self._ops, running.cache, self._plan(running, stage.steps))
-        everything = len(rows) == running.wave.num_rows
-        x = running.x(chain.width(stage.first))
-        x = x if everything else x[self._ops.indices(np.array(rows))]
+        x = running.x(chain.width(stage.first))[self._rows(stage)]
         data = vocabulary.head(unit, x, worn, at)
         running.logits.append(Logits(data, tuple(steps), tuple(positions)))
 
@@ -389,11 +377,3 @@ class Runner:
 def _as_floats(cache: Cache) -> Tensor:
     """Pages as float32 [pages, floats of a page], whatever KV they hold: activations stay exact."""
     return cache.data.view(len(cache.data), -1).view(torch.float32)
-
-
-def _wanted_rows(step: Step) -> list[int]:
-    """Rows of a step whose logits are wanted: the newest token's, or for logprobs of the prompt all
-    but virtual ones."""
-    if step.request.sampling.prompt_logprobs >= 0 and step.request.is_prefilling:
-        return list(range(max(0, step.request.chain.virtual - step.span.first), step.count))
-    return [step.count - 1] if step.is_last else []

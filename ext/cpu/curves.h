@@ -37,7 +37,18 @@ inline Vec exp_below(Vec x) {
   const __mmask16 normal = _mm512_cmp_ps_mask(y, fill(-126.0f), _CMP_GE_OQ);
   return _mm512_maskz_scalef_ps(normal, p, y);
 #else
-  return exp(x);
+  constexpr float kWhole = 12582912.0f;  // 1.5 * 2^23: in a sum with it whole numbers remain
+  const Vec y = mul(x, fill(1.44269504089f));
+  const Vec shifted = add(y, fill(kWhole));
+  const Vec r = sub(y, sub(shifted, fill(kWhole)));
+  Vec p = fma(fill(0.00132647273f), r, fill(0.00967151299f));
+  p = fma(p, r, fill(0.0555073358f));
+  p = fma(p, r, fill(0.240222424f));
+  p = fma(p, r, fill(0.693147004f));
+  p = fma(p, r, fill(1.0f));
+  const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);
+  const Vec power = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), exponent));
+  return _mm256_and_ps(power, _mm256_cmp_ps(y, fill(-126.0f), _CMP_GE_OQ));
 #endif
 }
 

@@ -32,7 +32,13 @@ struct Projection {
   const float* const* shrunk = nullptr;  // of each linear layer
   float* group_sums = nullptr;           // of the rows, where weights are codes with offsets
 
-  Rows chunk(int64_t i) const { return part(call.rows, chunks, i); }
+  // Of panels, whole groups, so that most tiles are full.
+  Rows chunk(int64_t i) const {
+    if (has_tiles || chunks == 1) return part(call.rows, chunks, i);
+    const Rows groups = part(groups_of(call.rows), chunks, i);
+    const int64_t first = groups.first * kTileRows;
+    return {first, std::min(groups.count * kTileRows, call.rows - first)};
+  }
   int64_t pieces() const { return pieces_of(call); }
 };
 

@@ -24,6 +24,7 @@ def chain(number: int, blocks: list[tuple[int, int, int]], limit: int = 512, hid
         context=1000,
         lineages=tuple(str(d) for d in range(units + 1)),
         layers=layers,
+        tail=layers.index(layers[-1]),
         kv=KV,
         hidden=hidden,
         vocabulary=8,
