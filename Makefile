@@ -36,7 +36,8 @@ demo: env
 	@exec $(BIN)/python -m engine launch --samples "$${BLOCKLLM_HOME:-$$HOME/.blockllm}/zoo/samples.json"
 
 test: env lint
-	$(BIN)/python -m pytest
+	@# One GPU is for one process at a time.
+	$(BIN)/python -m pytest $(if $(CUDA),,-n 2 --dist loadfile)
 
 lint: env
 	$(BIN)/ruff check .

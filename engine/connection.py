@@ -22,6 +22,8 @@ _SILENCE_MS = 10_000
 _RECONNECT_MS, _RECONNECT_MAX_MS = 50, 1_000
 # Cancels of the last moment get so long to leave.
 _LINGER_MS = 200
+# Plain integers: putting flags together costs as much as asking.
+_AT_ONCE, _EVENTS, _READABLE = int(zmq.NOBLOCK), int(zmq.EVENTS), int(zmq.POLLIN)
 
 Asked = api.ListModels | api.GetStatus | api.GetMetrics | api.Tokenize | api.Detokenize
 Taker = Callable[[api.Reply | EngineError], None]
@@ -92,7 +94,8 @@ class Connection:
         if self._socket.closed:
             return
         self._receive()
-        while (event := _next(self._monitor)) is not None:
+        while _is_readable(self._monitor):
+            event = self._monitor.recv_multipart(_AT_ONCE)
             self._connected = parse_monitor_message(event)["event"] != zmq.EVENT_DISCONNECTED
             if not self._connected:
                 self._receive()
@@ -117,7 +120,8 @@ class Connection:
             return
 
     def _receive(self) -> None:
-        while (frames := _next(self._socket)) is not None:
+        while _is_readable(self._socket):
+            frames = self._socket.recv_multipart(_AT_ONCE)
             try:
                 if frames[:1] != [api.PROTOCOL] or len(frames) != 2:
                     raise msgspec.DecodeError("its protocol is another one")
@@ -161,11 +165,8 @@ def _unreadable(error: msgspec.DecodeError) -> Callable[[], EngineFailed]:
     return lambda: EngineFailed(message)
 
 
-def _next(socket: zmq.SyncSocket) -> list[bytes] | None:
-    try:
-        return socket.recv_multipart(zmq.NOBLOCK)
-    except zmq.Again:
-        return None
+def _is_readable(socket: zmq.SyncSocket) -> bool:
+    return bool(int(socket.getsockopt(_EVENTS)) & _READABLE)
 
 
 def _encoded(request: api.Request) -> bytes:

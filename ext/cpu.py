@@ -71,6 +71,7 @@ class CpuOps:
         weakref.finalize(self, self._native.blockllm_close, self._pool)
         self.packing = Packing(self._native, self.isa)
         self._tape: Tape | None = None
+        self._plan: CpuPlan | None = None
 
     def loading(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -108,7 +109,8 @@ class CpuOps:
         return torch.from_numpy(rows.astype(np.int64, copy=False))
 
     def plan(self, geometry: Geometry) -> CpuPlan:
-        return prepare(geometry)
+        self._plan = prepare(geometry, self._plan)
+        return self._plan
 
     @contextmanager
     def taped(self, workspace: Workspace) -> Iterator[Tape]:
@@ -288,11 +290,7 @@ class CpuOps:
         self._call(
             "attend",
             native.ATTEND.pack(
-                q.data_ptr(),
-                k.data_ptr(),
-                v.data_ptr(),
-                out.data_ptr(),
-                cache.data.data_ptr(),
+                *(tensor.data_ptr() for tensor in (q, k, v, out, cache.data)),
                 STORAGE[cache.data.dtype],
                 heads,
                 kv_heads,

@@ -20,11 +20,15 @@ class CpuPlan:
     num_positions: int
     row_positions: np.ndarray
     arrays: tuple[np.ndarray, ...]
+    addresses: tuple[int, ...]
     record: native.Record
 
 
-def prepare(geometry: Geometry) -> CpuPlan:
-    """Positions of rows, and the blocks of rows that attend together."""
+def prepare(geometry: Geometry, last: CpuPlan | None = None) -> CpuPlan:
+    """Positions of rows, and the blocks of rows that attend together. `last` is what was prepared
+    before: where only the contexts of decoding sequences have changed, the rest is taken over."""
+    if last is not None and _goes_on(geometry, last):
+        return _move(geometry, last)
     contexts, num_rows = geometry.contexts, geometry.num_rows
     first = np.arange(num_rows + 1)
     if np.array_equal(geometry.starts, first):
@@ -37,11 +41,31 @@ def prepare(geometry: Geometry) -> CpuPlan:
         for array in (geometry.tables, row_sequence, row_positions, first)
     )
     _, layers, pages = geometry.tables.shape
-    record = native.Record(
-        native.PLAN.pack(*(a.ctypes.data for a in arrays), num_rows, len(first) - 1, layers, pages)
+    addresses = tuple(array.ctypes.data for array in arrays)
+    record = native.Record(native.PLAN.pack(*addresses, num_rows, len(first) - 1, layers, pages))
+    positions = int(contexts.max()) if len(contexts) else 0
+    return CpuPlan(geometry, num_rows, layers, positions, arrays[2], arrays, addresses, record)
+
+
+def _goes_on(geometry: Geometry, last: CpuPlan) -> bool:
+    """Whether the same sequences have a row each, and the same pages."""
+    return (
+        geometry.tables is last.geometry.tables
+        and geometry.starts is last.geometry.starts
+        and last.num_rows == len(geometry.contexts)
     )
-    last = int(contexts.max()) if len(contexts) else 0
-    return CpuPlan(geometry, num_rows, layers, last, arrays[2], arrays, record)
+
+
+def _move(geometry: Geometry, last: CpuPlan) -> CpuPlan:
+    """`last` at other positions."""
+    tables, row_sequence, _, first = last.arrays
+    positions = np.subtract(geometry.contexts, 1, dtype=np.int32)
+    arrays = (tables, row_sequence, positions, first)
+    addresses = (*last.addresses[:2], positions.ctypes.data, last.addresses[3])
+    rows, (_, layers, pages) = last.num_rows, geometry.tables.shape
+    record = native.Record(native.PLAN.pack(*addresses, rows, rows, layers, pages))
+    highest = int(geometry.contexts.max())
+    return CpuPlan(geometry, rows, layers, highest, positions, arrays, addresses, record)
 
 
 def _divide(geometry: Geometry) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

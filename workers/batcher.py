@@ -3,16 +3,17 @@
 `decide` picks the steps of one wave: tokens of running requests first, then prompts, deepest entry
 first, the longest waiting before the newest, within a budget of rows and each block's own limit.
 `arrange` orders the wave: a block runs once for all rows that pass it, and waits for siblings that
-are still on their way to it (variants that part and meet again share both ends). Called by the
-worker's loop; no clock, no I/O, no weights."""
+are still on their way to it (variants that part and meet again share both ends). `follow` repeats a
+wave while nothing but tokens changes. Called by the worker's loop; no clock, no I/O, no weights."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from workers.chains import ServedChain
 from workers.requests import Request, Span
+from workers.wire import RequestId
 
 AGE_S = 5.0
 Group = tuple[object, ...]
@@ -64,11 +65,13 @@ class Stage:
 class Wave:
     """One advance of many requests: steps in row order, rows [starts[i], starts[i + 1]) each, and
     the stages that carry them through their chains. `wanted` are the rows of each step, counted
-    from its first, whose logits somebody wants."""
+    from its first, whose logits somebody wants; it `decodes` where every step is a token behind a
+    whole prompt."""
 
     steps: tuple[Step, ...]
     starts: np.ndarray
     wanted: tuple[range, ...]
+    decodes: bool
     stages: tuple[Stage, ...]
 
     @property
@@ -151,16 +154,30 @@ def arrange(steps: Sequence[Step], cuts: Sequence[int] = (), *, whole: bool = Fa
     runs = _runs(ordered)
     wanted = tuple(step.wanted for step in ordered)
     bounds = {*cuts, *_cuts(ordered)}
+    tails: set[tuple[int, int]] = set()
     if not whole:
         unwanted = (s for s, own in zip(ordered, wanted, strict=True) if len(own) < s.count)
-        bounds.update(step.request.chain.tail for step in unwanted)
-    paths = [_pieces(ordered[first], sorted(bounds)) for first, _ in runs]
-    wave = Wave(tuple(ordered), starts, wanted, ())
+        tails = {(b.key, s.request.chain.tail) for s in unwanted for b in s.request.chain.blocks}
+    paths = [_pieces(ordered[first], bounds, tails) for first, _ in runs]
+    decodes = not any(s.request.is_prefilling or s.span.depth for s in ordered)
+    wave = Wave(tuple(ordered), starts, wanted, decodes, ())
     stages = (
         _stage(piece, [runs[i] for i in members], wave, whole=whole)
         for piece, members in schedule(paths)
     )
     return replace(wave, stages=tuple(stage for stage in stages if stage.runs))
+
+
+def follow(wave: Wave, running: Mapping[RequestId, Request]) -> Wave | None:
+    """The wave behind one that decodes, where the same requests and no others go on: arranged as it
+    was. None: there is something to decide. Chains must be cut as they were."""
+    if not wave.decodes or len(running) != len(wave.steps):
+        return None
+    requests = [step.request for step in wave.steps]
+    if any(running.get(request.id) is not request for request in requests):
+        return None
+    steps = tuple(Step(r, Span(0, r.computed, r.length), 1) for r in requests)
+    return Wave(steps, wave.starts, wave.wanted, True, wave.stages)
 
 
 def schedule(paths: Sequence[Sequence[Piece]]) -> list[tuple[Piece, list[int]]]:
@@ -218,13 +235,15 @@ def _cuts(steps: Sequence[Step]) -> set[int]:
     return cuts
 
 
-def _pieces(step: Step, cuts: Sequence[int]) -> list[Piece]:
-    """What a step runs through: (block, first unit, last unit); the head unit stands alone."""
+def _pieces(step: Step, cuts: Set[int], tails: Set[tuple[int, int]]) -> list[Piece]:
+    """What a step runs through: (block, first unit, last unit); the head unit stands alone. `cuts`
+    are depths at which every block is cut, `tails` such of certain blocks."""
     chain, depth = step.request.chain, step.span.depth
-    bounds = sorted({*cuts, len(chain.units) - 1})
+    bounds = {*cuts, len(chain.units) - 1}
     pieces: list[Piece] = []
     for block in chain.blocks:
-        inner = [d for d in bounds if block.first < d < block.last]
+        inside = range(block.first + 1, block.last)
+        inner = [d for d in inside if d in bounds or (block.key, d) in tails]
         for first, last in zip([block.first, *inner], [*inner, block.last], strict=True):
             if first >= depth:
                 pieces.append((block.key, first, last))
@@ -253,7 +272,7 @@ def _stage(piece: Piece, runs: list[tuple[int, int]], wave: Wave, *, whole: bool
 
 def _all_rows(wave: Wave, first: int, last: int) -> np.ndarray:
     """The rows of steps [first, last)."""
-    return np.arange(wave.starts[first], wave.starts[last])
+    return np.arange(int(wave.starts[first]), int(wave.starts[last]))
 
 
 def _wanted_rows(wave: Wave, first: int, last: int) -> np.ndarray:

@@ -61,7 +61,7 @@ class ServedChain:
     """A chain in use. `lineages[d]` names units [0, d) with their attachments; `layers[u]` is the
     attention layer of unit u (or the number of layers below it); `full_depth` is the depth below
     which all attention layers lie. From depth `tail` on, units see each row alone, so only rows
-    whose logits are wanted need go there. `branches` are the depths where other chains part from it.
+    whose logits are wanted go there. `branches` are the depths where other chains part from it.
 
     `hidden` is the width of the stream at the bottom, `stitches` are depths from which on it has
     another. `virtual` positions stand before a request's first token; the KV of the first `seeded`
@@ -186,9 +186,10 @@ def _virtual(
 class Chains:
     """The chains in use by number; recuts blocks and branches whenever the set changes.
 
-    `limit` is the most rows that any block takes at once."""
+    `limit` is the most rows that any block takes at once; `cuts` counts how often they were cut."""
 
     def __init__(self, limit: int) -> None:
+        self.cuts = 0
         self._limit = limit
         self._chains: dict[ChainId, ServedChain] = {}
         self._keys: dict[tuple[tuple[UnitDigest, ...], int, int], int] = {}
@@ -211,6 +212,7 @@ class Chains:
         self._recut()
 
     def _recut(self) -> None:
+        self.cuts += 1
         chains = list(self._chains.values())
         blocks = partition([c.unit_digests for c in chains])
         parts: dict[str, set[str]] = {}

@@ -28,6 +28,8 @@ from zoo.keeping.census import weigh
 
 _log = logging.getLogger(__name__)
 _IDLE_MS, _LOADING_MS = 200, 2
+# Plain integers: putting flags together costs as much as asking.
+_EVENTS, _READABLE = int(zmq.EVENTS), int(zmq.POLLIN)
 # A step that is no replay makes hundreds of calls that give up the interpreter's lock, and may wait
 # that long to have it back from the loader's threads.
 _SWITCH_S = 0.0005
@@ -80,8 +82,7 @@ def _serve(worker: Worker, socket: zmq.Socket[bytes], heartbeat_s: float) -> Non
     poller.register(sys.stdin.fileno(), zmq.POLLIN)
     next_beat = 0.0
     while not worker.is_done:
-        if not _receive(worker, socket):
-            return
+        _receive(worker, socket)
         if worker.is_loading:
             worker.collect()
         busy = worker.has_work and worker.step()
@@ -89,29 +90,33 @@ def _serve(worker: Worker, socket: zmq.Socket[bytes], heartbeat_s: float) -> Non
         if now >= next_beat:
             socket.send(wire.encode(worker.status()))
             next_beat = now + heartbeat_s
+        elif busy:
+            continue
         if not busy:
             began = time.perf_counter()
             poller.poll(_LOADING_MS if worker.is_loading else _IDLE_MS)
             worker.clock.idle += time.perf_counter() - began
+        if _is_orphan():
+            return
     socket.send(wire.encode(worker.status()))
     socket.send(wire.encode(wire.Drained()))
 
 
-def _receive(worker: Worker, socket: zmq.Socket[bytes]) -> bool:
-    """Act on every command that has arrived; False when the engine is gone."""
-    while True:
+def _receive(worker: Worker, socket: zmq.Socket[bytes]) -> None:
+    """Act on every command that has arrived."""
+    while int(socket.getsockopt(_EVENTS)) & _READABLE:
         try:
-            body = socket.recv(zmq.NOBLOCK)
-        except zmq.Again:
-            break
-        try:
-            command = wire.decode_command(body)
+            command = wire.decode_command(socket.recv(zmq.NOBLOCK))
         except msgspec.MsgspecError as error:
             _log.warning("a message from the engine was dropped: %s", error)
             continue
         worker.take(command)
+
+
+def _is_orphan() -> bool:
+    """Whether the engine is gone."""
     readable, _, _ = select.select([sys.stdin], [], [], 0)
-    return not (readable and not os.read(sys.stdin.fileno(), 4096))
+    return bool(readable) and not os.read(sys.stdin.fileno(), 4096)
 
 
 def _resolve(config: wire.WorkerConfig) -> wire.WorkerConfig:

@@ -31,9 +31,11 @@ class Span(NamedTuple):
 class Request:
     """One request. `tokens[:length]` are known; the array has room for all it may grow to. The
     chain's virtual tokens stand before the request's own, as -1, -2, ... `outputs` counts generated
-    tokens, those of an earlier worker included. `found` positions came from the cache. `spans` are
-    what remains of the prompt. `own_from[p]` is the first attention layer of page column p that
-    belongs to the request itself; the layers below belong to `held[p]`."""
+    tokens, those of an earlier worker included. `found` positions came from the cache; where that
+    is the whole prompt, the pages of the column `copied` are copied before the last position is
+    computed anew. `spans` are what remains of the prompt. `own_from[p]` is the first attention
+    layer of page column p that belongs to the request itself; the layers below belong to
+    `held[p]`."""
 
     id: RequestId
     chain: ServedChain
@@ -47,6 +49,7 @@ class Request:
     slot: int = -1
     computed: int = 0
     found: int = 0
+    copied: Column | None = None
     spans: list[Span] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
     held: dict[int, Column] = field(default_factory=dict)
@@ -109,7 +112,8 @@ class Requests:
 
     def start(self) -> Iterator[Request]:
         """Start waiting requests whose pages are free, in order; one whose prompt is just being
-        computed by another waits for it and lets those behind it pass."""
+        computed by another waits for it and lets those behind it pass. What a request copies must
+        be copied before the next one is asked for."""
         for request in list(self.waiting):
             if not self._memory.free_slots:
                 return
@@ -125,6 +129,9 @@ class Requests:
             self.query_tokens += request.length - request.chain.virtual
             self.hit_tokens += request.cached_tokens
             yield request
+            if request.copied is not None:
+                self._cache.release(request.copied)
+                request.copied = None
 
     def _is_cached(self, request: Request) -> bool:
         """Whether its pages may come from or go to the prefix cache: logprobs of a prompt need
@@ -132,11 +139,11 @@ class Requests:
         return self._use_prefixes and request.sampling.prompt_logprobs < 0
 
     def _find_hits(self, request: Request) -> list[Hit] | None:
-        """Cached columns for the leading pages of a prompt, whose last token is always computed.
-        None: a better hit is about to be there."""
+        """Cached columns for the leading pages of a prompt, or for all of it; its last token is
+        computed nevertheless. None: a better hit is about to be there."""
         hits: list[Hit] = []
         depths = request.chain.index_depths()
-        for digest in request.hashes[: (request.length - 1) // self._memory.page]:
+        for digest in request.hashes[: request.length // self._memory.page]:
             hit = self._cache.find(depths, digest)
             known = len(depths) if hit is None else [d for _, d in depths].index(hit.depth)
             if any((lineage, digest) in self._announced for lineage, _ in depths[:known]):
@@ -144,14 +151,21 @@ class Requests:
             if hit is None:
                 break
             hits.append(hit)
+        if self._is_all(request, hits) and any(hit.depth is not None for hit in hits):
+            hits.pop()
         return hits
+
+    def _is_all(self, request: Request, hits: list[Hit]) -> bool:
+        """Whether so many columns are the whole prompt."""
+        return len(hits) * self._memory.page == request.length
 
     def _take_pages(self, request: Request, hits: list[Hit]) -> bool:
         """Take every page the request can need and lay out its table, or leave all as it was."""
         chain, memory = request.chain, self._memory
         columns = memory.pages(len(request.tokens))
+        shares = hits[:-1] if self._is_all(request, hits) else hits
         own_from = np.zeros(columns, np.int32)
-        own_from[: len(hits)] = [_layers_below(chain, hit.depth) for hit in hits]
+        own_from[: len(shares)] = [_layers_below(chain, hit.depth) for hit in shares]
         shared = int(own_from.sum())
         pool = memory.pool(chain.kv)
         for hit in hits:
@@ -161,9 +175,10 @@ class Requests:
                 self._cache.release(hit.column)
             return False
         request.slot, table = memory.take_slot(chain.num_layers, columns)
-        for p, hit in enumerate(hits):
+        for p, hit in enumerate(shares):
             hit.column.fill(table[: own_from[p], p])
             request.held[p] = hit.column
+        request.copied = hits[-1].column if len(shares) < len(hits) else None
         table[_own(own_from, chain)] = pool.take(columns * chain.num_layers - shared)
         request.own_from = own_from
         self.shared_pages += shared
@@ -181,7 +196,7 @@ class Requests:
                 request.spans[-1] = Span(hit.depth, last.first, (p + 1) * page)
             else:
                 request.spans.append(Span(hit.depth, p * page, (p + 1) * page))
-        request.found = len(hits) * page
+        request.found = min(len(hits) * page, request.length - 1)
         first = max(request.found, request.chain.seeded)
         request.spans.append(Span(0, first, request.length))
         request.computed = request.spans[0].first

@@ -22,6 +22,7 @@ from workers.chains import KvElement, KvShape, ServedChain
 from workers.loading import LoadedChain
 from workers.memory import KvMemory
 from workers.passage import Part, Passage
+from workers.prefix import Column
 from workers.requests import Request, Requests
 from workers.wire import BlockReport, ChainId
 
@@ -91,6 +92,7 @@ class Runner:
         self._arena = ops.memory(memory.arena.total_bytes + spare)
         self._caches: dict[KvShape, Cache] = {}
         self._passages: OrderedDict[tuple[int, int, ChainId, Rows], Passage] = OrderedDict()
+        self._laid: tuple[tuple[Request, ...], int, np.ndarray] | None = None
         self.counts: OrderedDict[int, BlockCount] = OrderedDict()
         self.prepare_s = 0.0
 
@@ -169,7 +171,8 @@ class Runner:
     def _begin(self, wave: Wave) -> _Running:
         chain = wave.steps[0].request.chain
         running = _Running(wave, chain, self._cache(chain.kv), self._ops.device)
-        self._restore(running)
+        if not wave.decodes:
+            self._restore(running)
         return running
 
     def _take(self, running: _Running, stage: Stage) -> None:
@@ -231,7 +234,7 @@ class Runner:
         if self._replays is None or len(x) != len(stage.steps) or not passage.replayable:
             return False
         if any(running.wave.steps[i].count > 1 for i in stage.steps):
-            return False
+            return False  # of prompts, above the last attention
         cache = running.cache
         return self._replays.run(
             (id(cache), passage.layer, *passage.units),
@@ -279,18 +282,26 @@ class Runner:
         plan = running.plans.get(members)
         if plan is None:
             began = time.perf_counter()
-            steps = [running.wave.steps[i] for i in members]
-            starts = np.zeros(len(steps) + 1, np.int32)
-            np.cumsum([s.count for s in steps], out=starts[1:])
+            wave = running.wave
+            steps = [wave.steps[i] for i in members]
+            starts = wave.starts
+            if len(steps) < len(wave.steps):
+                starts = np.zeros(len(steps) + 1, np.int32)
+                np.cumsum([s.count for s in steps], out=starts[1:])
             contexts = np.array([s.end for s in steps], np.int32)
-            tables = self._memory.tables(
-                [s.request.slot for s in steps],
-                max(s.request.chain.num_layers for s in steps),
-                self._memory.pages(int(contexts.max())),
-            )
+            columns = self._memory.pages(int(contexts.max()))
+            tables = self._tables(tuple(s.request for s in steps), columns)
             plan = running.plans[members] = self._ops.plan(Geometry(starts, contexts, tables))
             self.prepare_s += time.perf_counter() - began
         return plan
+
+    def _tables(self, requests: tuple[Request, ...], columns: int) -> np.ndarray:
+        """The page tables of running requests, which stay as they are: the last ones are kept."""
+        if self._laid is None or self._laid[:2] != (requests, columns):
+            layers = max(request.chain.num_layers for request in requests)
+            slots = [request.slot for request in requests]
+            self._laid = (requests, columns, self._memory.tables(slots, layers, columns))
+        return self._laid[2]
 
     def _count(self, stage: Stage) -> None:
         count = self.counts.setdefault(stage.block, BlockCount())
@@ -307,7 +318,10 @@ class Runner:
 
     @torch.inference_mode()
     def seed(self, request: Request) -> None:
-        """Write the given keys and values of a request that starts, but for those it found."""
+        """Write the given keys and values of a request that starts, but for those it found, and
+        copy the page that it would write into."""
+        if request.copied is not None:
+            self._copy(request, request.copied)
         chain, page = request.chain, self._memory.page
         first, last = request.found, chain.seeded
         if first >= last:
@@ -320,6 +334,15 @@ class Runner:
             pages = torch.from_numpy(table[layer, positions // page].astype(np.int64))
             data[pages, 0, offsets] = prefix.keys[first:last].to(data.dtype)
             data[pages, 1, offsets] = prefix.values[first:last].to(data.dtype)
+
+    def _copy(self, request: Request, column: Column) -> None:
+        """Fill the last page of a prompt with that of another request, in every layer."""
+        layers, last = request.chain.num_layers, (request.length - 1) // self._memory.page
+        source = np.empty(layers, np.int32)
+        column.fill(source)
+        target = self._memory.table(request.slot, layers, last + 1)[:, last]
+        data = self._cache(request.chain.kv).data
+        data[self._ops.indices(target)] = data[self._ops.indices(source)]
 
     def _cache(self, shape: KvShape) -> Cache:
         """The arena seen as pages of a shape; where steps are replayed, one more for padding."""

@@ -18,7 +18,7 @@ import torch
 from ext.ops import Ops
 from ext.select import select_parking, select_replays
 from workers import wire
-from workers.batcher import Group, Step, arrange, decide
+from workers.batcher import Group, Wave, arrange, decide, follow
 from workers.chains import Chains, ServedChain
 from workers.gauge import Reading
 from workers.holdings import Holdings
@@ -82,6 +82,7 @@ class Worker:
         self._sampler = Sampler(ops.argmax)
         self._opened: dict[wire.RequestId, wire.Open] = {}
         self._turns: dict[Group, int] = {}
+        self._last_wave: tuple[Wave, int] = (arrange([]), 0)
         self._counters = dict.fromkeys(
             ("prompt_tokens", "output_tokens", "dropped_messages", "failed_requests"), 0
         )
@@ -236,18 +237,11 @@ class Worker:
             self._runner.seed(request)
             self._counters["prompt_tokens"] += request.prompt_tokens
             self._send(wire.Started(request.id, request.cached_tokens, now - request.opened_at))
-        steps = decide(
-            self._requests.running.values(),
-            max_rows=self.config.max_rows,
-            page=self.config.page,
-            now=now,
-            last_turn=self._turns,
-        )
-        if not steps:
+        wave = self._next_wave(now)
+        if wave is None:
             return False
         self.steps += 1
-        self._turns[steps[0].request.chain.group] = self.steps
-        wave = arrange(steps)
+        self._turns[wave.steps[0].request.chain.group] = self.steps
         decided = time.perf_counter()
         self.clock.decide += decided - began
         try:
@@ -255,20 +249,36 @@ class Worker:
                 logits = self._runner.run(wave)
                 ran = time.perf_counter()
                 self.clock.ops += ran - decided
-                self._absorb(steps, logits)
+                self._absorb(wave, logits)
         except (RuntimeError, MemoryError) as error:
-            _log.exception("a wave of %d steps failed", len(steps))
+            _log.exception("a wave of %d steps failed", len(wave.steps))
             # Raises where the device itself is lost: this worker ends, another takes its requests.
             self._ops.synchronize()
-            self._abandon(steps, f"the worker could not compute it: {error}")
+            self._abandon(wave, f"the worker could not compute it: {error}")
         return True
 
-    def _absorb(self, steps: list[Step], logits: list[Logits]) -> None:
+    def _next_wave(self, now: float) -> Wave | None:
+        """What runs next: the last wave once more, while the same requests decode."""
+        last, cuts = self._last_wave
+        wave = follow(last, self._requests.running) if cuts == self._chains.cuts else None
+        if wave is None:
+            steps = decide(
+                self._requests.running.values(),
+                max_rows=self.config.max_rows,
+                page=self.config.page,
+                now=now,
+                last_turn=self._turns,
+            )
+            wave = arrange(steps)
+        self._last_wave = (wave, self._chains.cuts)
+        return wave if wave.steps else None
+
+    def _absorb(self, wave: Wave, logits: list[Logits]) -> None:
         """Choose tokens, advance requests, report."""
         began = time.perf_counter()
         for part in logits:
             self._score(part)
-        for step in steps:
+        for step in wave.steps:
             self._requests.advance(step.request, step.span, step.count)
         for part in logits:
             chosen = [
@@ -314,8 +324,8 @@ class Worker:
                 first = part.positions[rows[0]] + 1 - request.chain.virtual
                 self._send(wire.Scored(request_id, first, tuple(scored)))
 
-    def _abandon(self, steps: list[Step], reason: str) -> None:
-        for step in steps:
+    def _abandon(self, wave: Wave, reason: str) -> None:
+        for step in wave.steps:
             if step.request.id in self._requests.running:
                 self._fail(step.request.chain.id, step.request.id, reason)
                 self._end(step.request)

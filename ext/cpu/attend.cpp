@@ -13,6 +13,7 @@ namespace blockllm {
 namespace {
 
 constexpr int64_t kRowsInline = 4;  // up to so many rows are appended by the caller itself
+constexpr int64_t kFloatsInline = 8192;  // and up to so many of partial results merged
 constexpr int64_t kRowsPerTask = 16;
 constexpr int64_t kTasksPerThread = 4;  // fewer blocks than that are split by heads, then by spans
 
@@ -53,33 +54,36 @@ void attend_block(const Way& way, int64_t block, int64_t first, int64_t last) {
     way.write(reach, head, states + (head - first) * floats);
 }
 
-// The same with the spans of every block and head as tasks of their own, merged afterwards.
+// The same with the spans of every block and head as tasks of their own, merged afterwards. Tasks of
+// one span lie together: the last spans, which may be short, even out what threads have to do.
 template <class Way>
 void attend_split(Pool* pool, const Way& way, int64_t spans) {
   const int64_t heads = way.a.call.kv_heads, blocks = way.a.call.plan->blocks;
+  const int64_t parts = blocks * heads;
   int64_t queries = 0;
   for (int64_t b = 0; b < blocks; ++b)
     queries = std::max(queries, way.a.queries_of(way.a.reach(b)));
-  const int64_t ready = way.query_floats(queries), floats = way.floats(queries);
-  float* query = scratch<kQueries>(blocks * heads * ready);
-  float* partials = scratch<kPartial>(blocks * heads * spans * floats);
-  each_head(pool, way, [&](int64_t block, int64_t head) {
-    way.prepare(way.a.reach(block), head, query + (block * heads + head) * ready);
-  });
-  pool->run(blocks * heads * spans, [&](int64_t task) {
-    const Reach reach = way.a.reach(task / spans / heads);
-    const int64_t span = reach.span_begin + task % spans;
+  const int64_t floats = way.floats(queries);
+  float* partials = scratch<kPartial>(parts * spans * floats);
+  pool->run(parts * spans, [&](int64_t task) {
+    const int64_t at = task % parts;
+    const Reach reach = way.a.reach(at / heads);
+    const int64_t span = reach.span_begin + task / parts;
     if (span >= reach.span_end) return;
-    const Piece piece{reach, {task / spans % heads, 1}, span};
-    way.attend(piece, query + task / spans * ready, partials + task * floats);
+    float* query = scratch<kQueries>(way.query_floats(queries));
+    way.prepare(reach, at % heads, query);
+    way.attend({reach, {at % heads, 1}, span}, query,
+               partials + (at * spans + task / parts) * floats);
   });
-  each_head(pool, way, [&](int64_t block, int64_t head) {
+  const auto merge = [&](int64_t block, int64_t head) {
     const Reach reach = way.a.reach(block);
     float* state = partials + (block * heads + head) * spans * floats;
     for (int64_t i = 1; i < reach.span_end - reach.span_begin; ++i)
       way.fold(state + i * floats, way.a.queries_of(reach), state);
     way.write(reach, head, state);
-  });
+  };
+  if (parts * spans * floats > kFloatsInline) return each_head(pool, way, merge);
+  for (int64_t at = 0; at < parts; ++at) merge(at / heads, at % heads);
 }
 
 template <class Way>

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from workers.batcher import arrange, decide, schedule
+from workers.batcher import arrange, decide, follow, schedule
 from workers.chains import BlockRange, KvShape, ServedChain
 from workers.requests import Request, Span
 from workers.wire import Sampling
@@ -11,7 +11,13 @@ from workers.wire import Sampling
 KV = KvShape(1, 8)
 
 
-def chain(number: int, blocks: list[tuple[int, int, int]], limit: int = 512, hidden: int = 8):
+def chain(
+    number: int,
+    blocks: list[tuple[int, int, int]],
+    limit: int = 512,
+    hidden: int = 8,
+    tail: int | None = None,
+):
     """A chain of blocks (key, first, last); every other unit attends."""
     units = blocks[-1][2]
     layers = tuple((d + 1) // 2 for d in range(units + 1))
@@ -24,7 +30,7 @@ def chain(number: int, blocks: list[tuple[int, int, int]], limit: int = 512, hid
         context=1000,
         lineages=tuple(str(d) for d in range(units + 1)),
         layers=layers,
-        tail=layers.index(layers[-1]),
+        tail=units - 1 if tail is None else tail,
         kv=KV,
         hidden=hidden,
         vocabulary=8,
@@ -138,3 +144,74 @@ def test_an_entry_above_the_bottom_joins_the_rest_of_its_block():
         (4, 5, 2),
     ]
     assert wave.stages[0].rows == slice(0, 1)
+
+
+# Units 4 and 5, the latter the head, see each row alone.
+TAIL = chain(4, [(0, 0, 5), (3, 5, 6)], tail=4)
+
+
+def stages_of(requests, **options):
+    wave = arrange(decide(requests, max_rows=64, page=16, now=0, last_turn={}), **options)
+    return wave, [
+        (s.first, s.last, s.rows if isinstance(s.rows, slice) else s.rows.tolist())
+        for s in wave.stages
+    ]
+
+
+def test_only_rows_whose_logits_are_wanted_reach_the_tail():
+    whole, part = request(1, TAIL, 20, 0), request(2, TAIL, 100, 0)
+    wave, stages = stages_of([request(3, TAIL, 9, 8), whole, part])
+    assert [s.count for s in wave.steps] == [1, 20, 32]
+    assert stages == [(0, 4, slice(0, 53)), (4, 5, [0, 20]), (5, 6, [0, 20])]
+    assert [(c.id, a, b) for c, a, b in wave.stages[1].runs] == [(4, 0, 2)]
+
+
+def test_all_rows_reach_the_tail_where_that_is_asked():
+    _, stages = stages_of([request(1, TAIL, 20, 0)], whole=True)
+    assert stages == [(0, 5, slice(0, 20)), (5, 6, slice(19, 20))]
+
+
+def test_logprobs_of_a_prompt_want_every_row_of_it():
+    scored = request(1, TAIL, 20, 0)
+    scored.sampling = Sampling(prompt_logprobs=0)
+    _, stages = stages_of([request(2, TAIL, 30, 0), scored])
+    assert stages == [(0, 4, slice(0, 50)), (4, 5, slice(29, 50)), (5, 6, slice(29, 50))]
+
+
+def test_a_chunk_inside_a_prompt_ends_below_the_tail():
+    _, stages = stages_of([request(1, TAIL, 100, 0)])
+    assert stages == [(0, 4, slice(0, 64))]
+
+
+def decoding(numbers):
+    requests = [request(i, TAIL, 20, 19) for i in numbers]
+    return {r.id: r for r in requests}
+
+
+def test_a_wave_is_followed_by_its_like_while_the_same_requests_decode():
+    running = decoding([1, 2])
+    wave = arrange(decide(running.values(), max_rows=64, page=16, now=0, last_turn={}))
+    for r in running.values():
+        r.computed, r.length = r.length, r.length + 1
+    after = follow(wave, running)
+    assert [(s.request.id, s.span, s.count) for s in after.steps] == [
+        (1, Span(0, 20, 21), 1),
+        (2, Span(0, 20, 21), 1),
+    ]
+    assert (after.starts, after.stages) == (wave.starts, wave.stages)
+
+
+@pytest.mark.parametrize("why", ["one more", "one less", "another", "a prompt"])
+def test_a_wave_is_decided_anew_when_requests_change(why):
+    running = decoding([1, 2])
+    if why == "a prompt":
+        running[2] = request(2, TAIL, 20, 10)
+    wave = arrange(decide(running.values(), max_rows=64, page=16, now=0, last_turn={}))
+    match why:
+        case "one more":
+            running |= decoding([3])
+        case "one less":
+            del running[1]
+        case "another":
+            running |= decoding([2])
+    assert follow(wave, running) is None

@@ -48,6 +48,32 @@ def test_a_prompt_sent_twice_is_computed_once(worker, family):
     check(family, "base", prompt, second)
 
 
+@pytest.mark.parametrize("name", ["base", "last", "upper"])
+def test_of_a_prompt_of_whole_pages_only_the_last_token_is_computed_again(worker, family, name):
+    prompt = tokens(96)
+    first = worker.open(name, prompt, max_tokens=20)
+    worker.run()
+    twice = [worker.open(name, prompt, max_tokens=20) for _ in range(2)]
+    worker.run()
+    for again in twice:
+        assert again.cached == 95
+        assert again.tokens == first.tokens
+    check(family, name, prompt, first)
+
+
+def test_a_page_that_is_copied_stays_as_it_was(worker, family):
+    prompt = tokens(32)
+    first = worker.open("base", prompt, max_tokens=4)
+    worker.run()
+    other = worker.open("base", prompt + tokens(30, seed=5), max_tokens=8)
+    again = worker.open("base", prompt, max_tokens=8)
+    worker.run()
+    assert (other.cached, again.cached) == (32, 31)
+    assert again.tokens[:4] == first.tokens
+    check(family, "base", prompt, again)
+    check(family, "base", prompt + tokens(30, seed=5), other)
+
+
 def test_a_generated_answer_is_found_by_the_next_turn(worker, family):
     prompt = tokens(30, seed=1)
     first = worker.open("base", prompt, max_tokens=40)
