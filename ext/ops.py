@@ -66,16 +66,25 @@ class Norm:
     rows: tuple[NormRows, ...] = ()
 
 
+@dataclass(eq=False, slots=True)
+class Prepared:
+    """What the kernels made of something at its first use; theirs alone."""
+
+    value: Opaque = None
+
+
 @dataclass(frozen=True, slots=True)
 class LoraSegment:
     """Rows [first, last) of the batch get y += scale * (x A^T) B^T. A [rank, in], B [out, rank], as
-    `Ops.factor` made them. Segments are not empty; several of a patch may cover the same rows."""
+    `Ops.factor` made them. Segments are not empty; several of a patch may cover the same rows.
+    Segments of the same factors upon the same linear may share what is `prepared` of these."""
 
     first: int
     last: int
     a: Tensor
     b: Tensor
     scale: float
+    prepared: Prepared | None = None
 
 
 @dataclass(frozen=True, slots=True)

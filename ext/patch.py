@@ -22,6 +22,15 @@ class PreparedPatch:
     rows: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Factors:
+    """A and B as kernels want them, and how a record names them."""
+
+    tensors: tuple[Tensor, Tensor]
+    fields: tuple[int, int, int, int]
+    rank: int
+
+
 def patch_address(patch: Patch | None, rows: int, matrix: CpuMatrix, packing: Packing) -> int:
     """The address of the record of a linear layer's patch; 0 where there is nothing to do."""
     if patch is None or not (patch.segments or patch.finishes):
@@ -39,13 +48,15 @@ def _prepare(patch: Patch, matrix: CpuMatrix, packing: Packing) -> PreparedPatch
     parts: list[bytes] = []
     offset = 0
     for segment in patch.segments:
-        a, b = _factors(segment, matrix, packing)
-        tensors += (a, b)
-        rank = len(a)
-        rows = (segment.first, segment.last)
-        factors = (a.data_ptr(), native.STORAGE[a.dtype], b.data_ptr(), native.STORAGE[b.dtype])
-        parts.append(native.SEGMENT.pack(*rows, *factors, rank, offset, segment.scale))
-        offset += (segment.last - segment.first) * rank
+        first, last = segment.first, segment.last
+        if not 0 <= first < last:
+            raise ValueError(f"rows {first} to {last} of a low-rank piece are empty or outside")
+        factors = _known_factors(segment, matrix, packing)
+        tensors += factors.tensors
+        parts.append(
+            native.SEGMENT.pack(first, last, *factors.fields, factors.rank, offset, segment.scale)
+        )
+        offset += (last - first) * factors.rank
     last = max(run.last for run in (*patch.segments, *patch.finishes))
     native.check_runs(patch.finishes, last)
     for finish in patch.finishes:
@@ -55,9 +66,17 @@ def _prepare(patch: Patch, matrix: CpuMatrix, packing: Packing) -> PreparedPatch
     return PreparedPatch(native.Record(head + b"".join(parts)), tensors, last)
 
 
-def _factors(segment: LoraSegment, matrix: CpuMatrix, packing: Packing) -> tuple[Tensor, Tensor]:
+def _known_factors(segment: LoraSegment, matrix: CpuMatrix, packing: Packing) -> _Factors:
+    """What was made of a segment's factors before, or is now."""
+    if segment.prepared is None:
+        return _factors(segment, matrix, packing)
+    if segment.prepared.value is None:
+        segment.prepared.value = _factors(segment, matrix, packing)
+    return segment.prepared.value
+
+
+def _factors(segment: LoraSegment, matrix: CpuMatrix, packing: Packing) -> _Factors:
     """A in rows and B in panels."""
-    native.check_runs((segment,), segment.last)
     a, b = segment.a, segment.b
     if b.dim() == 2 and len(b) == matrix.out_features:
         b = packing.panels(b)
@@ -70,7 +89,9 @@ def _factors(segment: LoraSegment, matrix: CpuMatrix, packing: Packing) -> tuple
             f"a low-rank piece of {tuple(segment.a.shape)} and {tuple(segment.b.shape)} for a layer"
             f" of {matrix.in_features} inputs and {matrix.out_features} outputs"
         )
-    return a.contiguous(), b
+    a = a.contiguous()
+    fields = (a.data_ptr(), native.STORAGE[a.dtype], b.data_ptr(), native.STORAGE[b.dtype])
+    return _Factors((a, b), fields, rank)
 
 
 def _finish(finish: Finish, out: int) -> bytes:

@@ -114,28 +114,33 @@ class Attachments:
 def _dressed(unit: ResidentUnit, runs: Sequence[Run]) -> tuple[ResidentUnit, Worn]:
     if isinstance(unit, EmbedUnit):
         return unit, Worn({}, {}, {}, embed=tuple(runs))
+    # Arranged anew whenever rows come or go: what no variant has is not looked for.
+    kinds = {kind for run in runs for kind in run.pieces.kinds}
     roles = tuple(unit.linears)
+    gained, passed = (roles if kind in kinds else () for kind in (InputGain, Bypass))
+    ends = not kinds.isdisjoint((Gain, Bias))
     worn = Worn(
-        linears={role: patch for role in roles if (patch := _patch(role, runs))},
-        gains={role: gains for role in roles if (gains := _gains(role, runs))},
-        detours={role: detours for role in roles if (detours := _detours(role, runs))},
-        head=_head_runs(runs),
+        linears={role: patch for role in roles if (patch := _patch(role, runs, ends=ends))},
+        gains={role: gains for role in gained if (gains := _gains(role, runs))},
+        detours={role: detours for role in passed if (detours := _detours(role, runs))},
+        head=_head_runs(runs) if HeadRows in kinds else (),
     )
     norms = {
         role: replace(norm, rows=own)
-        for role, norm in unit.norms.items()
+        for role, norm in (unit.norms.items() if NormPair in kinds else ())
         if (own := _norm_rows(role, norm, runs))
     }
     return (unit.with_norms(norms) if norms else unit), worn
 
 
-def _patch(role: str, runs: Sequence[Run]) -> Patch | None:
-    segments: list[LoraSegment] = []
+def _patch(role: str, runs: Sequence[Run], *, ends: bool) -> Patch | None:
+    segments = [
+        LoraSegment(first, last, low.a, low.b, low.scale, low.prepared)
+        for pieces, first, last in runs
+        for low in pieces.all(LowRank, role)
+    ]
     finishes: list[Finish] = []
-    for pieces, first, last in runs:
-        segments += (
-            LoraSegment(first, last, low.a, low.b, low.scale) for low in pieces.all(LowRank, role)
-        )
+    for pieces, first, last in runs if ends else ():
         gain, bias = pieces.one(Gain, role), pieces.one(Bias, role)
         if gain or bias:
             finishes.append(Finish(first, last, gain and gain.vector, bias and bias.vector))

@@ -5,12 +5,12 @@ checks each piece against the unit it is put upon; `workers.attachments` arrange
 batches."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 from torch import Tensor
 
-from ext.ops import Linear, Matrix
+from ext.ops import Linear, Matrix, Prepared
 from workers.block import EmbedUnit, HeadUnit, Loaders, ResidentUnit, norm_specs
 from workers.chains import UnservableChain
 from zoo import manifest
@@ -27,6 +27,7 @@ class LowRank:
     a: Tensor
     b: Tensor
     scale: float
+    prepared: Prepared = field(default_factory=Prepared)
 
 
 @dataclass(frozen=True, slots=True)
