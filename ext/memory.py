@@ -10,9 +10,11 @@ import threading
 import weakref
 
 import numpy as np
+from torch import Tensor
 
 _CHUNK = 32 << 20
 _HUGE_PAGE = 2 << 20
+_POPULATE = 23  # MADV_POPULATE_WRITE of Linux 5.14
 _LINE = 64
 # mallopt's parameters in glibc's malloc.h: what is smaller than the one is no mapping of its own,
 # and so much of what was freed at the heap's end is kept.
@@ -36,6 +38,14 @@ def reserve(nbytes: int) -> mmap.mmap:
     if nbytes >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
+
+
+def commit(memory: Tensor, first: int, last: int) -> bool:
+    """Back the bytes [first, last) of host memory before they are written, which leaves what they
+    hold; False where the system does not do that."""
+    begin = (memory.data_ptr() + first) // mmap.PAGESIZE * mmap.PAGESIZE
+    end = memory.data_ptr() + min(last, memory.nbytes)
+    return ctypes.CDLL(None).madvise(*map(ctypes.c_size_t, (begin, end - begin)), _POPULATE) == 0
 
 
 class Arena:

@@ -40,6 +40,9 @@ _WORKSPACE_BYTES = 5 << 28
 def run(argument: str) -> int:
     """Serve until told to stop, with a WorkerConfig as JSON; the exit code."""
     config = msgspec.json.decode(argument, type=wire.WorkerConfig)
+    # Memory for pages that was asked for is taken from the start; what the worker chose itself is a
+    # ceiling.
+    commits = config.kv_bytes > 0
     logging.basicConfig(
         level=config.log_level.upper(),
         format=f"%(levelname)s %(asctime)s [{config.name}] %(message)s",
@@ -67,7 +70,7 @@ def run(argument: str) -> int:
     )
     socket.send(wire.encode(worker.hello()))
     try:
-        _serve(worker, socket, config.heartbeat_s)
+        _serve(worker, socket, config.heartbeat_s, commits=commits)
     finally:
         worker.close()
         gauge.stop()
@@ -76,7 +79,7 @@ def run(argument: str) -> int:
     return 0
 
 
-def _serve(worker: Worker, socket: zmq.Socket[bytes], heartbeat_s: float) -> None:
+def _serve(worker: Worker, socket: zmq.Socket[bytes], heartbeat_s: float, *, commits: bool) -> None:
     poller = zmq.Poller()
     poller.register(socket, zmq.POLLIN)
     poller.register(sys.stdin.fileno(), zmq.POLLIN)
@@ -94,7 +97,8 @@ def _serve(worker: Worker, socket: zmq.Socket[bytes], heartbeat_s: float) -> Non
             continue
         if not busy:
             began = time.perf_counter()
-            poller.poll(_LOADING_MS if worker.is_loading else _IDLE_MS)
+            commits = commits and (worker.is_loading or worker.commit())
+            poller.poll(_LOADING_MS if worker.is_loading else 0 if commits else _IDLE_MS)
             worker.clock.idle += time.perf_counter() - began
         if _is_orphan():
             return

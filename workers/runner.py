@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ext.memory import commit
 from ext.ops import Cache, Geometry, Ops, Plan
 from ext.replays import Replays
 from workers import layers, vocabulary
@@ -27,6 +28,8 @@ from workers.requests import Request, Requests
 from workers.wire import BlockReport, ChainId
 
 _KEPT_PASSAGES = 1024
+# At a time: a request that comes meanwhile waits for some milliseconds.
+_COMMITTED_BYTES = 4 << 20
 _DTYPES: dict[KvElement, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -90,6 +93,7 @@ class Runner:
         # Rows that pad a replayed batch write to a page behind the arena, of whatever shape.
         spare = memory.arena.slab_bytes if replays is not None else 0
         self._arena = ops.memory(memory.arena.total_bytes + spare)
+        self._committed = 0
         self._caches: dict[KvShape, Cache] = {}
         self._passages: OrderedDict[tuple[int, int, ChainId, Rows], Passage] = OrderedDict()
         self._laid: tuple[tuple[Request, ...], int, np.ndarray] | None = None
@@ -112,6 +116,15 @@ class Runner:
         if self._replays is not None:
             alive = {id(unit) for units in self._units.values() for unit in units}
             self._replays.retain(lambda name: alive.issuperset(name[2:]))
+
+    def commit(self) -> bool:
+        """Back some more of the pages with memory, ahead of their first use, which then does not
+        wait for it; False when nothing is left to do."""
+        memory, first = self._arena, self._committed
+        self._committed += _COMMITTED_BYTES
+        if memory.device.type != "cpu" or first >= memory.nbytes:
+            return False
+        return commit(memory, first, self._committed)
 
     @property
     def replays(self) -> dict[str, int]:

@@ -122,6 +122,10 @@ class Worker:
             weights=self.config.weights,
         )
 
+    def commit(self) -> bool:
+        """Use an idle moment: see `Runner.commit`."""
+        return self._runner.commit()
+
     def close(self) -> None:
         """End what runs beside the loop."""
         self._residency.stop()

@@ -237,16 +237,14 @@ class Store:
 
     def _place(self, digest: ObjectDigest, suffix: str) -> Path:
         name = checked_digest(digest)
-        return self.folder / name[:2] / name[2:4] / (name + suffix)
+        return self.folder / f"{name[:2]}/{name[2:4]}/{name}{suffix}"
 
     def _open(self, digest: ObjectDigest) -> TensorFile:
         path = self._place(digest, _TENSOR)
-        if not path.is_file():
-            raise _missing(digest)
         try:
             file = TensorFile(path)
         except BadTensorFile as error:
-            raise _damaged(digest) from error
+            raise _damaged(digest) if path.is_file() else _missing(digest) from error
         if list(file.entries) != ["tensor"]:
             raise _damaged(digest)
         return file

@@ -90,8 +90,16 @@ CELLS: Mapping[str, Cell] = {
         models=LORAS,
         streams=32,
     ),
+    "lasts": Cell(
+        name="base + 7 fine-tunes of the last 4 layers, 32 streams",
+        group="tunes",
+        unit="tokens/s",
+        value=_rate,
+        models=(BASE, *FULLS),
+        streams=32,
+    ),
     "tunes": Cell(
-        name="base + 7 fine-tunes, 32 streams",
+        name="base + 7 full fine-tunes, 32 streams",
         group="tunes",
         unit="tokens/s",
         value=_rate,

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from bench.peers.cells import Cell
+from bench.peers.cells import CELLS, Cell
 from bench.peers.ours import ALONE, DELTA, EXACT, LAST_LAYERS, NAME, ROUNDED
 from bench.peers.rounds import Row, Turn
 from bench.result import Figure, Result
@@ -34,7 +34,7 @@ class Target(msgspec.Struct, frozen=True):
 
 
 _LLAMA_EACH = "llama.cpp f16, a server of one thread for each"
-_LORAS, _TUNES = "8 LoRA, 32 streams", "base + 7 fine-tunes, 32 streams"
+_LORAS, _LASTS, _TUNES = (CELLS[key].name for key in ("loras", "lasts", "tunes"))
 # The exact way is held against peers that round no more than it (on CPUs that multiply bfloat16
 # slowly, vLLM is one of them), the rounding one against all.
 TARGETS = (
@@ -63,7 +63,7 @@ TARGETS = (
     Target(_LORAS, NAME, "vLLM-CPU f32", 4),
     Target(_LORAS, NAME, _LLAMA_EACH, 1.8),
     Target(_LORAS, ROUNDED, "vLLM-CPU", 4),
-    Target(_TUNES, f"{NAME}, {LAST_LAYERS}", _LLAMA_EACH, 1.6),
+    Target(_LASTS, f"{NAME}, {LAST_LAYERS}", _LLAMA_EACH, 1.6),
     Target(_TUNES, f"{NAME}, {DELTA}", _LLAMA_EACH, 1.3),
     *(
         target
@@ -71,8 +71,8 @@ TARGETS = (
         for target in (
             Target(_LORAS, name, _LLAMA_EACH, 1 / 3, "memory"),
             Target(_LORAS, name, f"{name}, {ALONE}", 0.9),
-            Target(_TUNES, f"{name}, {LAST_LAYERS}", _LLAMA_EACH, 1 / 3, "memory"),
-            Target(_TUNES, f"{name}, {LAST_LAYERS}", f"{name}, {ALONE}", 0.85),
+            Target(_LASTS, f"{name}, {LAST_LAYERS}", _LLAMA_EACH, 1 / 3, "memory"),
+            Target(_LASTS, f"{name}, {LAST_LAYERS}", f"{name}, {ALONE}", 0.85),
         )
     ),
 )

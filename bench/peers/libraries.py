@@ -52,7 +52,7 @@ class Libraries:
             Arrangement(
                 "transformers f32, all loaded",
                 "tunes",
-                ("tunes",),
+                ("lasts", "tunes"),
                 lambda: self._hosted("whole", models.fulls),
             ),
         ]

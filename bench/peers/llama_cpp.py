@@ -73,7 +73,7 @@ class LlamaCpp:
             Arrangement(
                 "llama.cpp f16, a server of one thread for each",
                 "tunes",
-                ("tunes",),
+                ("lasts", "tunes"),
                 self._server_per_tune,
             ),
         ]

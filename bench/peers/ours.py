@@ -61,18 +61,17 @@ class Ours:
         base = ("one", "8", "32", "prefill", "first", "cached")
         yield Arrangement(name, "base", base, plain, is_ours=True)
         yield Arrangement(name, "adapters", ("loras", "trace"), adapters, is_ours=True)
-        for group, start, what, models in (
-            ("adapters", adapters, ALONE, (BASE,)),
-            ("tunes", lasts, LAST_LAYERS, (BASE, *LAST)),
-            ("tunes", lasts, ALONE, (BASE,)),
-            ("tunes", fulls, EXACT, (BASE, *FULLS)),
-            ("tunes", deltas, DELTA, (BASE, *TUNES)),
+        for group, cell, start, what, models in (
+            ("adapters", "loras", adapters, ALONE, (BASE,)),
+            ("tunes", "lasts", lasts, LAST_LAYERS, (BASE, *LAST)),
+            ("tunes", "lasts", lasts, ALONE, (BASE,)),
+            ("tunes", "tunes", fulls, EXACT, (BASE, *FULLS)),
+            ("tunes", "tunes", deltas, DELTA, (BASE, *TUNES)),
         ):
-            cells = ("loras",) if group == "adapters" else ("tunes",)
             yield Arrangement(
                 f"{name}, {what}",
                 group,
-                cells,
+                (cell,),
                 start,
                 models,
                 is_ours=True,
