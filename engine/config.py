@@ -77,7 +77,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Count, Meta(description="requests that may wait; more are refused as overloaded")
     ] = 1024
     kv_cache_memory_bytes: Annotated[
-        Amount, Meta(description="memory of one worker for KV pages; 0: the worker chooses")
+        Amount,
+        Meta(
+            description="memory of one worker for KV pages, taken from the start; 0: the worker "
+            "chooses a ceiling"
+        ),
     ] = 0
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"],

@@ -1,6 +1,6 @@
 """Runs waves: carries the rows of a wave through its stages and returns logits.
 
-Owns the bytes behind the pages (one arena per device) and the resident units of every chain. A
+Owns the resident units of every chain and, through `workers.caches`, the bytes behind the pages. A
 wave's rows stay in one activation tensor; stages whose rows lie together work on a view of it."""
 
 import hashlib
@@ -12,29 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ext.memory import commit
 from ext.ops import Cache, Geometry, Ops, Plan
 from ext.replays import Replays
 from workers import layers, vocabulary
 from workers.attachments import Attachments, Rows
 from workers.batcher import Stage, Step, Wave
 from workers.block import HeadUnit, ResidentUnit
-from workers.chains import KvElement, KvShape, ServedChain
+from workers.caches import Caches
+from workers.chains import ServedChain
 from workers.loading import LoadedChain
 from workers.memory import KvMemory
 from workers.passage import Part, Passage
-from workers.prefix import Column
 from workers.requests import Request, Requests
 from workers.wire import BlockReport, ChainId
 
 _KEPT_PASSAGES = 1024
-# At a time: a request that comes meanwhile waits for some milliseconds.
-_COMMITTED_BYTES = 4 << 20
-_DTYPES: dict[KvElement, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +82,7 @@ class Runner:
         self._attachments = Attachments()
         self._units: dict[ChainId, tuple[ResidentUnit, ...]] = {}
         self._unit_bytes: dict[ChainId, tuple[int, ...]] = {}
-        # Rows that pad a replayed batch write to a page behind the arena, of whatever shape.
-        spare = memory.arena.slab_bytes if replays is not None else 0
-        self._arena = ops.memory(memory.arena.total_bytes + spare)
-        self._committed = 0
-        self._caches: dict[KvShape, Cache] = {}
+        self._caches = Caches(ops, memory, pads=replays is not None)
         self._passages: OrderedDict[tuple[int, int, ChainId, Rows], Passage] = OrderedDict()
         self._laid: tuple[tuple[Request, ...], int, np.ndarray] | None = None
         self.counts: OrderedDict[int, BlockCount] = OrderedDict()
@@ -116,15 +104,6 @@ class Runner:
         if self._replays is not None:
             alive = {id(unit) for units in self._units.values() for unit in units}
             self._replays.retain(lambda name: alive.issuperset(name[2:]))
-
-    def commit(self) -> bool:
-        """Back some more of the pages with memory, ahead of their first use, which then does not
-        wait for it; False when nothing is left to do."""
-        memory, first = self._arena, self._committed
-        self._committed += _COMMITTED_BYTES
-        if memory.device.type != "cpu" or first >= memory.nbytes:
-            return False
-        return commit(memory, first, self._committed)
 
     @property
     def replays(self) -> dict[str, int]:
@@ -183,7 +162,7 @@ class Runner:
 
     def _begin(self, wave: Wave) -> _Running:
         chain = wave.steps[0].request.chain
-        running = _Running(wave, chain, self._cache(chain.kv), self._ops.device)
+        running = _Running(wave, chain, self._caches.of(chain.kv), self._ops.device)
         if not wave.decodes:
             self._restore(running)
         return running
@@ -329,44 +308,14 @@ class Runner:
 
     # ---- pages ----------------------------------------------------------------------------------
 
-    @torch.inference_mode()
+    def commit(self) -> bool:
+        """See `Caches.commit`."""
+        return self._caches.commit()
+
     def seed(self, request: Request) -> None:
-        """Write the given keys and values of a request that starts, but for those it found, and
-        copy the page that it would write into."""
-        if request.copied is not None:
-            self._copy(request, request.copied)
-        chain, page = request.chain, self._memory.page
-        first, last = request.found, chain.seeded
-        if first >= last:
-            return
-        positions = np.arange(first, last)
-        table = self._memory.table(request.slot, chain.num_layers, self._memory.pages(last))
-        data = self._cache(chain.kv).data
-        offsets = torch.from_numpy(positions % page)
-        for layer, prefix in enumerate(self._attachments.prefixes(chain.id)):
-            pages = torch.from_numpy(table[layer, positions // page].astype(np.int64))
-            data[pages, 0, offsets] = prefix.keys[first:last].to(data.dtype)
-            data[pages, 1, offsets] = prefix.values[first:last].to(data.dtype)
-
-    def _copy(self, request: Request, column: Column) -> None:
-        """Fill the last page of a prompt with that of another request, in every layer."""
-        layers, last = request.chain.num_layers, (request.length - 1) // self._memory.page
-        source = np.empty(layers, np.int32)
-        column.fill(source)
-        target = self._memory.table(request.slot, layers, last + 1)[:, last]
-        data = self._cache(request.chain.kv).data
-        data[self._ops.indices(target)] = data[self._ops.indices(source)]
-
-    def _cache(self, shape: KvShape) -> Cache:
-        """The arena seen as pages of a shape; where steps are replayed, one more for padding."""
-        if shape not in self._caches:
-            size = self._memory.page_bytes(shape)
-            count = self._memory.arena.total_bytes // size + (self._replays is not None)
-            data = self._arena[: count * size].view(_DTYPES[shape.element])
-            page = self._memory.page
-            data = data.view(count, 2, page, shape.kv_heads, shape.head_dim)
-            self._caches[shape] = Cache(data, page)
-        return self._caches[shape]
+        """Write into the pages of a request that starts: see `Caches.seed`."""
+        chain = request.chain
+        self._caches.seed(request, self._attachments.prefixes(chain.id) if chain.seeded else ())
 
     def _keep(self, running: _Running, stage: Stage) -> None:
         """Keep the activations of full prompt pages where other chains part from this one."""

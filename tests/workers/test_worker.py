@@ -49,6 +49,24 @@ def test_requests_wait_until_their_pages_are_free(worker):
     assert all(len(a.tokens) == 200 for a in answers)
 
 
+def test_pages_are_backed_with_memory_while_their_requests_run(family):
+    made = LocalWorker(family.zoo, kv_bytes=16 << 20)
+    made.load("base")
+    before = made.open("base", [5, 6, 7], max_tokens=12)
+    made.step()
+    parts = 0
+    while made.worker.commit():
+        parts += 1
+        if made.worker.has_work:
+            made.step()
+    made.run()
+    after = made.open("base", [5, 6, 7], max_tokens=12)
+    made.run()
+    assert parts >= 4
+    assert before.tokens == after.tokens
+    assert len(before.tokens) == 12
+
+
 def test_a_prompt_nobody_opened_is_dropped_and_counted(worker):
     worker.worker.take(wire.Prompt(99, b"\x01\x00\x00\x00"))
     worker.worker.take(wire.Close(99))
