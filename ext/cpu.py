@@ -71,7 +71,6 @@ class CpuOps:
         weakref.finalize(self, self._native.blockllm_close, self._pool)
         self.packing = Packing(self._native, self.isa)
         self._tape: Tape | None = None
-        self._plan: CpuPlan | None = None
 
     def loading(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -108,9 +107,8 @@ class CpuOps:
     def indices(self, rows: np.ndarray) -> Tensor:
         return torch.from_numpy(rows.astype(np.int64, copy=False))
 
-    def plan(self, geometry: Geometry) -> CpuPlan:
-        self._plan = prepare(geometry, self._plan)
-        return self._plan
+    def plan(self, geometry: Geometry, last: CpuPlan | None = None) -> CpuPlan:
+        return prepare(geometry, last)
 
     @contextmanager
     def taped(self, workspace: Workspace) -> Iterator[Tape]:

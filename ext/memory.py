@@ -16,6 +16,7 @@ _CHUNK = 32 << 20
 _HUGE_PAGE = 2 << 20
 _POPULATE = 23  # MADV_POPULATE_WRITE of Linux 5.14
 _LINE = 64
+_LIBC = ctypes.CDLL(None)
 # mallopt's parameters in glibc's malloc.h: what is smaller than the one is no mapping of its own,
 # and so much of what was freed at the heap's end is kept.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -26,7 +27,7 @@ def keep_freed() -> None:
     """Let the C library keep freed memory, where it can be told to. Results of a megabyte or more
     would otherwise be given back to the system, and at the next operation come back page by page,
     zeroed: up to half of the time that it takes to multiply a thousand rows."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = getattr(_LIBC, "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 32 << 20)
         mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
@@ -45,7 +46,7 @@ def commit(memory: Tensor, first: int, last: int) -> bool:
     hold; False where the system does not do that."""
     begin = (memory.data_ptr() + first) // mmap.PAGESIZE * mmap.PAGESIZE
     end = memory.data_ptr() + min(last, memory.nbytes)
-    return ctypes.CDLL(None).madvise(*map(ctypes.c_size_t, (begin, end - begin)), _POPULATE) == 0
+    return _LIBC.madvise(*map(ctypes.c_size_t, (begin, end - begin)), _POPULATE) == 0
 
 
 class Arena:

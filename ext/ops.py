@@ -248,15 +248,16 @@ class Ops(Protocol):
 
     def memory(self, nbytes: int) -> Tensor:
         """Bytes for KV pages, uint8 [nbytes], at least 64-byte aligned; host memory is committed as
-        it is written."""
+        it is written, or by `ext.memory.commit`."""
         ...
 
     def indices(self, rows: np.ndarray) -> Tensor:
         """Numbers on the device, int64; the host does not wait for it."""
         ...
 
-    def plan(self, geometry: Geometry) -> Plan:
-        """Prepare a batch's geometry once; it serves every layer of every block the batch runs."""
+    def plan(self, geometry: Geometry, last: Opaque = None) -> Plan:
+        """Prepare a batch's geometry once; it serves every layer of every block the batch runs.
+        `last` is that of the batch before: what has not changed since may be taken over."""
         ...
 
     def embed(

@@ -69,10 +69,14 @@ def _prepare(patch: Patch, matrix: CpuMatrix, packing: Packing) -> PreparedPatch
 def _known_factors(segment: LoraSegment, matrix: CpuMatrix, packing: Packing) -> _Factors:
     """What was made of a segment's factors before, or is now."""
     if segment.prepared is None:
-        return _factors(segment, matrix, packing)
-    if segment.prepared.value is None:
-        segment.prepared.value = _factors(segment, matrix, packing)
-    return segment.prepared.value
+        factors = _factors(segment, matrix, packing)
+        _check_factors(segment, factors, matrix, packing)
+        return factors
+    known: _Factors | None = segment.prepared.value
+    if known is None:
+        known = segment.prepared.value = _factors(segment, matrix, packing)
+    _check_factors(segment, known, matrix, packing)
+    return known
 
 
 def _factors(segment: LoraSegment, matrix: CpuMatrix, packing: Packing) -> _Factors:
@@ -83,15 +87,21 @@ def _factors(segment: LoraSegment, matrix: CpuMatrix, packing: Packing) -> _Fact
     rank = b.shape[1]
     if a.dim() == 3:
         a = packing.rows(a, rank)
+    a = a.contiguous()
+    fields = (a.data_ptr(), native.STORAGE[a.dtype], b.data_ptr(), native.STORAGE[b.dtype])
+    return _Factors((a, b), fields, rank)
+
+
+def _check_factors(
+    segment: LoraSegment, factors: _Factors, matrix: CpuMatrix, packing: Packing
+) -> None:
+    a, b = factors.tensors
     panels = -(-matrix.out_features // packing.panel)
-    if b.dim() != 3 or len(b) != panels or a.shape != (rank, matrix.in_features):
+    if b.dim() != 3 or len(b) != panels or a.shape != (factors.rank, matrix.in_features):
         raise ValueError(
             f"a low-rank piece of {tuple(segment.a.shape)} and {tuple(segment.b.shape)} for a layer"
             f" of {matrix.in_features} inputs and {matrix.out_features} outputs"
         )
-    a = a.contiguous()
-    fields = (a.data_ptr(), native.STORAGE[a.dtype], b.data_ptr(), native.STORAGE[b.dtype])
-    return _Factors((a, b), fields, rank)
 
 
 def _finish(finish: Finish, out: int) -> bytes:

@@ -76,7 +76,7 @@ class TorchOps(PlainOps):
         angles = angles * frequencies
         return Rotary(angles.cos() * factor, angles.sin() * factor, interleaved)
 
-    def plan(self, geometry: Geometry) -> TorchPlan:
+    def plan(self, geometry: Geometry, last: TorchPlan | None = None) -> TorchPlan:
         starts, contexts = geometry.starts, geometry.contexts
         counts = np.diff(starts)
         sequence = np.repeat(np.arange(len(counts)), counts)

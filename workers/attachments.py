@@ -135,7 +135,7 @@ def _dressed(unit: ResidentUnit, runs: Sequence[Run]) -> tuple[ResidentUnit, Wor
 
 def _patch(role: str, runs: Sequence[Run], *, ends: bool) -> Patch | None:
     segments = [
-        LoraSegment(first, last, low.a, low.b, low.scale, low.prepared)
+        _segment(low, first, last)
         for pieces, first, last in runs
         for low in pieces.all(LowRank, role)
     ]
@@ -145,6 +145,10 @@ def _patch(role: str, runs: Sequence[Run], *, ends: bool) -> Patch | None:
         if gain or bias:
             finishes.append(Finish(first, last, gain and gain.vector, bias and bias.vector))
     return Patch(tuple(segments), tuple(finishes)) if segments or finishes else None
+
+
+def _segment(low: LowRank, first: int, last: int) -> LoraSegment:
+    return LoraSegment(first, last, low.a, low.b, low.scale, low.prepared)
 
 
 def _gains(role: str, runs: Sequence[Run]) -> tuple[RowGain, ...]:
@@ -180,7 +184,7 @@ def _head_runs(runs: Sequence[Run]) -> tuple[HeadRun, ...]:
         if rows is None:
             continue
         count = last - first
-        segments = tuple(LoraSegment(0, count, low.a, low.b, low.scale) for low in rows.low_rank)
+        segments = tuple(_segment(low, 0, count) for low in rows.low_rank)
         ends = rows.gain is not None or rows.bias is not None
         finishes = (Finish(0, count, rows.gain, rows.bias),) if ends else ()
         patch = Patch(segments, finishes) if segments or finishes else None

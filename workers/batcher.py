@@ -159,7 +159,9 @@ def arrange(steps: Sequence[Step], cuts: Sequence[int] = (), *, whole: bool = Fa
         unwanted = (s for s, own in zip(ordered, wanted, strict=True) if len(own) < s.count)
         tails = {(b.key, s.request.chain.tail) for s in unwanted for b in s.request.chain.blocks}
     paths = [_pieces(ordered[first], bounds, tails) for first, _ in runs]
-    decodes = not any(s.request.is_prefilling or s.span.depth for s in ordered)
+    decodes = all(
+        s.count == 1 and not s.span.depth and not s.request.is_prefilling for s in ordered
+    )
     wave = Wave(tuple(ordered), starts, wanted, decodes, ())
     stages = (
         _stage(piece, [runs[i] for i in members], wave, whole=whole)

@@ -11,6 +11,7 @@ import torch
 from ext.memory import commit
 from ext.ops import Cache, Ops
 from workers.chains import KvElement, KvShape
+from workers.gauge import host_memory
 from workers.memory import KvMemory
 from workers.pieces import Prefix
 from workers.prefix import Column
@@ -18,6 +19,8 @@ from workers.requests import Request
 
 # At a time: a request that comes meanwhile waits for some milliseconds.
 _COMMITTED_BYTES = 4 << 20
+# With less left, pages are taken only as they are written.
+_SPARED_BYTES = 1 << 30
 _DTYPES: dict[KvElement, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -51,15 +54,17 @@ class Caches:
 
     def commit(self) -> bool:
         """Back some more of the pages with memory, ahead of their first use, which then does not
-        wait for it; False when nothing is left to do."""
+        wait for it; False when nothing is left to do, or the system refuses, or has little left."""
         memory, first = self._arena, self._committed
         self._committed += _COMMITTED_BYTES
         if memory.device.type != "cpu" or first >= memory.nbytes:
             return False
+        if host_memory().available < _SPARED_BYTES:
+            return False
         return commit(memory, first, self._committed)
 
     @torch.inference_mode()
-    def seed(self, request: Request, prefixes: Sequence[Prefix]) -> None:
+    def fill(self, request: Request, prefixes: Sequence[Prefix]) -> None:
         """Write the given keys and values of a request that starts, one prefix for each layer, but
         for those it found, and copy the page that it would write into."""
         if request.copied is not None:

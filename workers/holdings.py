@@ -7,11 +7,10 @@ from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, TypeVar
 
-import psutil
-
 from ext.ops import Ops
 from ext.parking import Parking
 from workers.chains import UnservableChain
+from workers.gauge import host_memory
 from workers.wire import KvDtype, Precision
 from zoo.manifest import ObjectDigest
 
@@ -137,7 +136,7 @@ class Holdings:
                 "worker: raise --weight-memory-bytes or remove variants",
                 needed - left,
             )
-        available = psutil.virtual_memory().available
+        available = host_memory().available
         if self.ops.device.type == "cpu" and needed > available:
             raise UnservableChain(
                 f"its own weights are {needed} bytes and the machine has {available} left: "

@@ -209,9 +209,9 @@ class Offline:
     def moments(
         self, model: Model, batches: Iterable[Batch], places: Sequence[Place]
     ) -> dict[Place, Tensor]:
-        """Second moments of what linear layers read over all positions: the mean of x x^T, float32
-        [in, in]. Layers that read the same (q, k and v) share a tensor; those that nothing reached
-        have none."""
+        """Second moments of what linear layers read over all given positions: the mean of x x^T,
+        float32 [in, in]. Layers that read the same (q, k and v) share a tensor; those that nothing
+        reached have none."""
         units = model.loaded.units
         matrices = {place: units[place[0]].linears[place[1]].weight for place in places}
         listener = Listener(self._ops, matrices.values())
@@ -315,7 +315,7 @@ class Offline:
     def _decide(self) -> list[Step]:
         """The next wave's steps; none when every request has ended."""
         for request in self._requests.start():
-            self._runner.seed(request)
+            self._runner.fill(request)
         steps = decide(
             self._requests.running.values(),
             max_rows=_MAX_ROWS,

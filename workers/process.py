@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 import msgspec
-import psutil
 import torch
 import zmq
 
@@ -21,7 +20,7 @@ from ext.build import Unavailable
 from ext.select import require_cuda, select_ops
 from workers import wire
 from workers.budget import NoBudget, Shares, parked, share
-from workers.gauge import Gauge
+from workers.gauge import Gauge, host_memory
 from workers.worker import Worker
 from zoo.errors import ZooError
 from zoo.keeping.census import weigh
@@ -127,7 +126,7 @@ def _resolve(config: wire.WorkerConfig) -> wire.WorkerConfig:
     """Settle what was left to the worker: threads, memory, rows of a wave."""
     threads = config.threads or len(os.sched_getaffinity(0))
     if config.device == "cpu":
-        kv_bytes = config.kv_bytes or min(4 << 30, psutil.virtual_memory().available // 4)
+        kv_bytes = config.kv_bytes or min(4 << 30, host_memory().available // 4)
         shares, parked_bytes = Shares(kv_bytes, config.weight_bytes), 0
     else:
         shares, parked_bytes = _shares(config)
@@ -154,5 +153,5 @@ def _shares(config: wire.WorkerConfig) -> tuple[Shares, int]:
     except ZooError:
         known = 0  # Every chain that is loaded will say what is wrong with the zoo.
     shares = share(budget, known, config.kv_bytes, config.weight_bytes)
-    available = psutil.virtual_memory().available
+    available = host_memory().available
     return shares, parked(known, shares.weight_bytes, available, torch.cuda.device_count())

@@ -121,17 +121,21 @@ class Requests:
             if hits is None:
                 continue
             if not self._take_pages(request, hits):
-                return
+                hits = list[Hit]()  # where no page will become free, those that it could share must
+                if self.running or not self._take_pages(request, hits):
+                    return
             self._plan_spans(request, hits)
             self._announce(request)
             self.waiting.remove(request)
             self.running[request.id] = request
             self.query_tokens += request.length - request.chain.virtual
             self.hit_tokens += request.cached_tokens
-            yield request
-            if request.copied is not None:
-                self._cache.release(request.copied)
-                request.copied = None
+            try:
+                yield request
+            finally:
+                if request.copied is not None:
+                    self._cache.release(request.copied)
+                    request.copied = None
 
     def _is_cached(self, request: Request) -> bool:
         """Whether its pages may come from or go to the prefix cache: logprobs of a prompt need

@@ -69,6 +69,17 @@ class _Running:
         return self.streams[width]
 
 
+@dataclass(frozen=True, slots=True)
+class _Laid:
+    """What stays of some steps while they decode: page tables of so many columns, first rows, and
+    the last plan that was made of them."""
+
+    columns: int
+    starts: np.ndarray
+    tables: np.ndarray
+    plan: Plan
+
+
 class Runner:
     """Executes waves on one device."""
 
@@ -84,7 +95,8 @@ class Runner:
         self._unit_bytes: dict[ChainId, tuple[int, ...]] = {}
         self._caches = Caches(ops, memory, pads=replays is not None)
         self._passages: OrderedDict[tuple[int, int, ChainId, Rows], Passage] = OrderedDict()
-        self._laid: tuple[tuple[Request, ...], int, np.ndarray] | None = None
+        self._laid: dict[tuple[int, ...], _Laid] = {}
+        self._stages: tuple[Stage, ...] = ()
         self.counts: OrderedDict[int, BlockCount] = OrderedDict()
         self.prepare_s = 0.0
 
@@ -161,6 +173,9 @@ class Runner:
     # ---- stages ---------------------------------------------------------------------------------
 
     def _begin(self, wave: Wave) -> _Running:
+        if wave.stages is not self._stages:  # other steps: they do not follow the last wave's
+            self._stages = wave.stages
+            self._laid.clear()
         chain = wave.steps[0].request.chain
         running = _Running(wave, chain, self._caches.of(chain.kv), self._ops.device)
         if not wave.decodes:
@@ -274,26 +289,28 @@ class Runner:
         plan = running.plans.get(members)
         if plan is None:
             began = time.perf_counter()
-            wave = running.wave
-            steps = [wave.steps[i] for i in members]
-            starts = wave.starts
-            if len(steps) < len(wave.steps):
-                starts = np.zeros(len(steps) + 1, np.int32)
-                np.cumsum([s.count for s in steps], out=starts[1:])
-            contexts = np.array([s.end for s in steps], np.int32)
-            columns = self._memory.pages(int(contexts.max()))
-            tables = self._tables(tuple(s.request for s in steps), columns)
-            plan = running.plans[members] = self._ops.plan(Geometry(starts, contexts, tables))
+            plan = running.plans[members] = self._lay(running.wave, members).plan
             self.prepare_s += time.perf_counter() - began
         return plan
 
-    def _tables(self, requests: tuple[Request, ...], columns: int) -> np.ndarray:
-        """The page tables of running requests, which stay as they are: the last ones are kept."""
-        if self._laid is None or self._laid[:2] != (requests, columns):
-            layers = max(request.chain.num_layers for request in requests)
-            slots = [request.slot for request in requests]
-            self._laid = (requests, columns, self._memory.tables(slots, layers, columns))
-        return self._laid[2]
+    def _lay(self, wave: Wave, members: tuple[int, ...]) -> _Laid:
+        """Tables and plan of some steps of a wave, from those of the wave that it follows."""
+        steps = [wave.steps[i] for i in members]
+        contexts = np.array([s.end for s in steps], np.int32)
+        columns = self._memory.pages(int(contexts.max()))
+        last = self._laid.get(members)
+        if last is not None and last.columns == columns:
+            starts, tables = last.starts, last.tables
+        else:
+            starts = np.zeros(len(steps) + 1, np.int32)
+            np.cumsum([s.count for s in steps], out=starts[1:])
+            layers = max(s.request.chain.num_layers for s in steps)
+            tables = self._memory.tables([s.request.slot for s in steps], layers, columns)
+            last = None
+        geometry = Geometry(starts, contexts, tables)
+        plan = self._ops.plan(geometry, None if last is None else last.plan)
+        made = self._laid[members] = _Laid(columns, starts, tables, plan)
+        return made
 
     def _count(self, stage: Stage) -> None:
         count = self.counts.setdefault(stage.block, BlockCount())
@@ -303,7 +320,8 @@ class Runner:
         if first_piece:
             count.runs += 1
             count.rows += sum(last - first for _, first, last in stage.runs)
-            count.sequences += len(stage.steps)
+            # Of the tail, no more than there are rows.
+            count.sequences += min(len(stage.steps), sum(b - a for _, a, b in stage.runs))
             count.merged += len(stage.runs) > 1
 
     # ---- pages ----------------------------------------------------------------------------------
@@ -312,10 +330,10 @@ class Runner:
         """See `Caches.commit`."""
         return self._caches.commit()
 
-    def seed(self, request: Request) -> None:
-        """Write into the pages of a request that starts: see `Caches.seed`."""
+    def fill(self, request: Request) -> None:
+        """Write into the pages of a request that starts: see `Caches.fill`."""
         chain = request.chain
-        self._caches.seed(request, self._attachments.prefixes(chain.id) if chain.seeded else ())
+        self._caches.fill(request, self._attachments.prefixes(chain.id) if chain.seeded else ())
 
     def _keep(self, running: _Running, stage: Stage) -> None:
         """Keep the activations of full prompt pages where other chains part from this one."""

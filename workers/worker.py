@@ -238,7 +238,7 @@ class Worker:
         began = time.perf_counter()
         now = time.monotonic()
         for request in self._requests.start():
-            self._runner.seed(request)
+            self._runner.fill(request)
             self._counters["prompt_tokens"] += request.prompt_tokens
             self._send(wire.Started(request.id, request.cached_tokens, now - request.opened_at))
         wave = self._next_wave(now)

@@ -96,7 +96,7 @@ class CudaOps(PlainOps):
     def indices(self, rows: np.ndarray) -> Tensor:
         return to_device(rows.astype(np.int64, copy=False), self.device)
 
-    def plan(self, geometry: Geometry) -> CudaPlan:
+    def plan(self, geometry: Geometry, last: CudaPlan | None = None) -> CudaPlan:
         return CudaPlan(geometry, self.device)
 
     def embed(

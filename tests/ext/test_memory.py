@@ -1,9 +1,11 @@
 """Memory of pages: taken as it is written, or before."""
 
 import os
+import platform
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from ext.memory import commit, reserve
@@ -22,6 +24,10 @@ def resident(address: int) -> int:
     raise AssertionError("there is no such mapping")
 
 
+KERNEL = tuple(int(part) for part in platform.release().split("-")[0].split(".")[:2])
+
+
+@pytest.mark.skipif(KERNEL < (5, 14), reason="needs Linux 5.14")
 def test_memory_is_backed_part_by_part_and_keeps_what_it_holds():
     nbytes = 9 << 20
     memory = torch.from_numpy(np.frombuffer(reserve(nbytes), np.uint8, nbytes))

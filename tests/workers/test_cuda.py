@@ -129,14 +129,14 @@ def test_a_chain_that_is_warmed_up_lets_no_request_wait_for_a_capture(family: Fa
     worker.load("qv")
     inner = worker.worker
     (chain,) = inner._chains
-    pages = inner._runner._arena.clone()
+    pages = inner._runner._caches._arena.clone()
     free = inner._memory.usage()
     warm_up(inner._runner, inner._memory, chain)
     captured = worker.status.counters["captured_steps"]
     assert captured > 0
     assert inner._memory.usage() == free
     spare = len(pages) - inner._memory.arena.slab_bytes
-    assert torch.equal(inner._runner._arena[:spare], pages[:spare])
+    assert torch.equal(inner._runner._caches._arena[:spare], pages[:spare])
     given = tokens(3, 1)
     answer = worker.open("qv", given, max_tokens=3)
     worker.run()
