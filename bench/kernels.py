@@ -213,8 +213,9 @@ def decode(model: Model, limit: Limits, clock: Clock, rows: int, context: int = 
     tables = np.arange(rows * LAYERS * pages, dtype=np.int32).reshape(rows, LAYERS, pages)
     contexts = np.full(rows, context, np.int32)
     place = Geometry(np.arange(rows + 1, dtype=np.int32), contexts, tables)
-    kv_bytes = tables.size * 2 * 16 * KV_WIDTH * 4
-    cache = Cache(model.ops.memory(kv_bytes).view(torch.float32).view(-1, 2, 16, 3, HEAD))
+    dtype = torch.bfloat16 if model.ops.dtype == "bfloat16" else torch.float32
+    kv_bytes = tables.size * 2 * 16 * KV_WIDTH * dtype.itemsize
+    cache = Cache(model.ops.memory(kv_bytes).view(dtype).view(-1, 2, 16, 3, HEAD))
     best: dict[str, float] = {}
     for _ in range(ROUNDS + 2):
         parts: dict[str, float] = {}
@@ -272,7 +273,7 @@ def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--isa", default="auto", help="auto, avx2, avx512 or amx")
+    parser.add_argument("--isa", default="auto", help="auto, avx2, avx512, avx512bf16 or amx")
     parser.add_argument(
         "--rounding", action="store_true", help="round what is multiplied, where that is faster"
     )

@@ -87,7 +87,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Literal["auto", "float32", "bfloat16"],
         Meta(
             description="what layers multiply; auto: float32, on GPUs what the weights are; "
-            "bfloat16: faster on CPUs with AMX, answers are approximate"
+            "bfloat16: faster on CPUs with AVX-512 BF16 or AMX, answers are approximate"
         ),
     ] = "auto"
     weights: Annotated[

@@ -19,15 +19,17 @@ from functools import cache
 from pathlib import Path
 from typing import Literal, get_args
 
-Isa = Literal["avx2", "avx512", "amx"]
+Isa = Literal["avx2", "avx512", "avx512bf16", "amx"]
 
 SOURCES = Path(__file__).parent / "cpu"
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
+_AVX512BF16 = (*_AVX512, "-mavx512bf16")
 ISA_FLAGS: dict[Isa, tuple[str, ...]] = {
     "avx2": _AVX2,
     "avx512": _AVX512,
-    "amx": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+    "avx512bf16": _AVX512BF16,
+    "amx": (*_AVX512BF16, "-mamx-tile", "-mamx-bf16"),
 }
 # Of flags whose feature /proc/cpuinfo spells otherwise.
 _OTHER_NAMES = {"-mavx512bf16": "avx512_bf16"}
@@ -46,7 +48,7 @@ CPU_FEATURES: dict[Isa, frozenset[str]] = {
     isa: frozenset(_OTHER_NAMES.get(flag, flag[2:].replace("-", "_")) for flag in flags)
     for isa, flags in ISA_FLAGS.items()
 }
-_BEST_FIRST: tuple[Isa, ...] = ("amx", "avx512", "avx2")
+_BEST_FIRST: tuple[Isa, ...] = ("amx", "avx512bf16", "avx512", "avx2")
 # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA): Linux lends a process AMX's registers when it
 # asks for them.
 _ASK_FOR_TILES = (158, 0x1023, 18)

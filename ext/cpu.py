@@ -65,11 +65,12 @@ class CpuOps:
         self.isa, self._native = native.load(isa)
         keep_freed()
         self.rounding = rounding
+        self._rounds = rounding and self._native.blockllm_rounds() == 1
         self.dtype: Dtype = "bfloat16" if rounding else "float32"
         self.threads = threads or torch.get_num_threads()
         self._pool = ctypes.c_void_p(self._native.blockllm_open(self.threads))
         weakref.finalize(self, self._native.blockllm_close, self._pool)
-        self.packing = Packing(self._native, self.isa)
+        self.packing = Packing(self._native, self.isa, rounding)
         self._tape: Tape | None = None
 
     def loading(self) -> AbstractContextManager[None]:
@@ -88,7 +89,7 @@ class CpuOps:
         return weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
     def factor(self, weight: Tensor) -> Tensor:
-        rounds = self.rounding and self.isa == "amx" and weight.dtype is torch.float32
+        rounds = self._rounds and weight.dtype is torch.float32
         return self.packing.factor(weight.bfloat16() if rounds else weight)
 
     def rotary(

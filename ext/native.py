@@ -115,7 +115,9 @@ def _open(isa: Isa) -> ctypes.CDLL:
     except OSError as error:
         raise Unavailable(f"the CPU kernels cannot be loaded: {error}") from error
     native.blockllm_panel.restype = ctypes.c_int64
+    native.blockllm_bf16_storage.argtypes = (ctypes.c_int64,)
     native.blockllm_bf16_storage.restype = ctypes.c_int64
+    native.blockllm_rounds.restype = ctypes.c_int64
     native.blockllm_packed_bytes.argtypes = (ctypes.c_int64,) * 3
     native.blockllm_packed_bytes.restype = ctypes.c_int64
     native.blockllm_open.argtypes = (ctypes.c_int64,)

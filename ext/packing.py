@@ -1,6 +1,6 @@
 """Weights as the native CPU kernels read them: packed into panels, or kept in rows.
 
-Panels are described in ext/cpu/panel.h, AMX's tiles in ext/cpu/amx.h, panels of codes in
+Panels are described in ext/cpu/panel.h, tiles in ext/cpu/tiles.h, panels of codes in
 ext/cpu/grouped.h. Nothing is lost here: elements keep their stored 2 or 4 bytes, codes their bits.
 A matrix is packed by the thread that asks: whoever has several to pack asks from several threads,
 and never takes a turn of the pool that a step runs on.
@@ -38,14 +38,14 @@ class Packing:
     """Packs weights into memory of its own; `layout` names what becomes of one, so that packed
     forms that were kept are taken up again only where they fit."""
 
-    def __init__(self, library: ctypes.CDLL, isa: str) -> None:
+    def __init__(self, library: ctypes.CDLL, isa: str, rounding: bool) -> None:
         self._native = library
         # A pool of the calling thread alone.
         self._pool = ctypes.c_void_p(library.blockllm_open(1))
         weakref.finalize(self, library.blockllm_close, self._pool)
         self._arena = Arena()
         self.panel: int = library.blockllm_panel()
-        self._storage = native.STORAGE | {torch.bfloat16: library.blockllm_bf16_storage()}
+        self._storage = native.STORAGE | {torch.bfloat16: library.blockllm_bf16_storage(rounding)}
         self.layout = f"{isa}-{self._fingerprint()}"
 
     def matrix(self, weight: Tensor) -> CpuMatrix:

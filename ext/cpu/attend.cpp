@@ -14,6 +14,7 @@ namespace {
 
 constexpr int64_t kRowsInline = 4;  // up to so many rows are appended by the caller itself
 constexpr int64_t kFloatsInline = 8192;  // and up to so many of partial results merged
+constexpr int64_t kQueriesInline = 16;   // so many of a block are made ready anew for each span
 constexpr int64_t kRowsPerTask = 16;
 constexpr int64_t kTasksPerThread = 4;  // fewer blocks than that are split by heads, then by spans
 
@@ -65,13 +66,20 @@ void attend_split(Pool* pool, const Way& way, int64_t spans) {
     queries = std::max(queries, way.a.queries_of(way.a.reach(b)));
   const int64_t floats = way.floats(queries);
   float* partials = scratch<kPartial>(parts * spans * floats);
+  const int64_t ready = way.query_floats(queries);
+  const bool once = queries > kQueriesInline;
+  float* prepared = once ? scratch<kQueries>(parts * ready) : nullptr;
+  if (once)
+    each_head(pool, way, [&](int64_t block, int64_t head) {
+      way.prepare(way.a.reach(block), head, prepared + (block * heads + head) * ready);
+    });
   pool->run(parts * spans, [&](int64_t task) {
     const int64_t at = task % parts;
     const Reach reach = way.a.reach(at / heads);
     const int64_t span = reach.span_begin + task / parts;
     if (span >= reach.span_end) return;
-    float* query = scratch<kQueries>(way.query_floats(queries));
-    way.prepare(reach, at % heads, query);
+    float* query = once ? prepared + at * ready : scratch<kQueries>(ready);
+    if (!once) way.prepare(reach, at % heads, query);
     way.attend({reach, {at % heads, 1}, span}, query,
                partials + (at * spans + task / parts) * floats);
   });
@@ -114,7 +122,7 @@ using namespace blockllm;
 void blockllm_attend(Pool* pool, const AttendCall* call) {
   if (call->storage != Storage::kBF16)
     return attend(pool, Exact<Float32>{Attention<Float32>(*call)});
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
   if (call->rounding != 0) return attend(pool, Rounded{Attention<BFloat16>(*call)});
 #endif
   attend(pool, Exact<BFloat16>{Attention<BFloat16>(*call)});

@@ -8,7 +8,9 @@
 BLOCKLLM_EXPORT blockllm::Pool* blockllm_open(int64_t threads);
 BLOCKLLM_EXPORT void blockllm_close(blockllm::Pool* pool);
 BLOCKLLM_EXPORT int64_t blockllm_panel();         // outputs per panel
-BLOCKLLM_EXPORT int64_t blockllm_bf16_storage();  // how weights of bfloat16 are to be packed
+// How weights of bfloat16 are to be packed, where rounding is allowed or is not.
+BLOCKLLM_EXPORT int64_t blockllm_bf16_storage(int64_t rounding);
+BLOCKLLM_EXPORT int64_t blockllm_rounds();  // whether rounding makes anything faster
 BLOCKLLM_EXPORT int64_t blockllm_packed_bytes(int64_t out, int64_t in, int64_t storage);
 
 BLOCKLLM_EXPORT void blockllm_pack(blockllm::Pool* pool, const blockllm::Packing* packing);

@@ -1,9 +1,9 @@
 // Packing a stored matrix into panels or tiles, and reading rows back out of them (token embeddings).
 #include <cstring>
 
-#include "amx.h"
 #include "exports.h"
 #include "panel.h"
+#include "tiles.h"
 
 namespace blockllm {
 namespace {

@@ -84,7 +84,7 @@ void with_storage(Storage storage, Body&& body) {
     case Storage::kTiles:
     case Storage::kInt8:
     case Storage::kInt4:
-      return;  // tiles and codes are read by amx.h and grouped.h alone
+      return;  // tiles and codes are read by tiles.h and grouped.h alone
   }
 }
 

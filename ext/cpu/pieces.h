@@ -1,4 +1,4 @@
-// Rows as AMX multiplies them: in pieces of bfloat16, in groups of one height.
+// Rows as tiles multiply them: in pieces of bfloat16, in groups of one height.
 //
 // A float32 has 24 significant bits and is cut, without loss, into three pieces of 8: high + middle
 // + low; each piece times a bfloat16 weight is exact in float32. Where rounding is allowed, a row
@@ -9,7 +9,7 @@
 #pragma once
 #include <algorithm>
 
-#include "amx.h"
+#include "tiles.h"
 
 namespace blockllm {
 
@@ -29,7 +29,7 @@ struct Groups {
   int64_t size(int64_t width) const { return count * apart(width); }
 };
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 
 // kDepth floats, of which `left` count, as three vectors of bfloat16, `apart` elements from each
 // other.

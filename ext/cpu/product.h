@@ -1,9 +1,11 @@
-// Products of rows in pieces (pieces.h) and matrices in tiles (amx.h).
+// Products of rows in pieces (pieces.h) and matrices in tiles (tiles.h).
 //
 // A sum takes, for 32 inputs at a time, a row's pieces one after the other, in the same order
 // whatever the number of rows, and leaves the registers exactly: so a row's result does not depend
 // on the other rows of the batch.
 #pragma once
+#include "amx.h"
+#include "dots.h"
 #include "pieces.h"
 #include "tile.h"
 
@@ -15,112 +17,50 @@ struct Cut {
   const uint16_t* pieces;
 };
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 
 // So many steps of a panel stay in the first-level cache while many groups of rows pass. Of rows in
 // several pieces, more is multiplied per load, and whole panels are.
 constexpr int64_t kRunSteps = 10;
 
-// What one or two groups of rows do with a run of a panel.
-struct TileRun {
-  const uint16_t* first;
-  const uint16_t* second;
-  const uint16_t* weights;
-  int64_t steps, height;
-  float* sums;  // of the first group, those of the second behind them
-  bool begins;  // sums begin at zero
-  const char* soon;  // memory to fetch meanwhile, `lines` of 64 bytes per piece
-  int64_t lines;
-};
-
-template <bool PAIR>
-void begin_sums(const TileRun& run, int64_t second) {
-  constexpr int64_t kStride = kPanel * sizeof(float);
-  if (run.begins) {
-    _tile_zero(0);
-    _tile_zero(1);
-    if constexpr (PAIR) {
-      _tile_zero(2);
-      _tile_zero(3);
-    }
-    return;
-  }
-  _tile_loadd(0, run.sums, kStride);
-  _tile_loadd(1, run.sums + 16, kStride);
-  if constexpr (PAIR) {
-    _tile_loadd(2, run.sums + second, kStride);
-    _tile_loadd(3, run.sums + second + 16, kStride);
-  }
-}
-
-// sums (+)= the groups' pieces times the run.
-template <int PIECES, bool PAIR>
-void multiply_run(const TileRun& run) {
-  const int64_t second_sums = run.height * kPanel, tile = run.height * kDepth;
-  begin_sums<PAIR>(run, second_sums);
-  const uint16_t *first = run.first, *second = run.second, *weights = run.weights;
-  const char* soon = run.soon;
-  for (int64_t step = 0; step < run.steps; ++step) {
-    _tile_loadd(6, weights, 64);
-    _tile_loadd(7, weights + kTileWeights, 64);
-    weights += kStepWeights;
-#pragma GCC unroll 3
-    for (int piece = 0; piece < PIECES; ++piece) {
-      for (int64_t line = 0; line < run.lines; ++line, soon += 64) _mm_prefetch(soon, _MM_HINT_T1);
-      _tile_loadd(4, first, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      first += tile;
-      if constexpr (PAIR) {
-        _tile_loadd(5, second, 64);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-        second += tile;
-      }
-    }
-  }
-  constexpr int64_t kStride = kPanel * sizeof(float);
-  _tile_stored(0, run.sums, kStride);
-  _tile_stored(1, run.sums + 16, kStride);
-  if constexpr (PAIR) {
-    _tile_stored(2, run.sums + second_sums, kStride);
-    _tile_stored(3, run.sums + second_sums + 16, kStride);
-  }
-}
-
-// sums[row][kPanel] = rows times one panel.
+// sums[panel][row][kPanel] = rows times some panels, of which there are several only for one group.
 template <int PIECES>
-void multiply_tile_panel(const Cut& rows, const uint16_t* panel, int64_t steps, float* sums) {
+void multiply_tile_panels(const Cut& rows, const uint16_t* weights, int64_t panels, int64_t steps,
+                          float* sums) {
   const int64_t groups = rows.groups.count, height = rows.groups.height;
   const int64_t apart = height * PIECES * steps * kDepth;  // from group to group
-  const int64_t pairs = ceil_div(groups, 2);
-  const int64_t runs = pairs == 1 || PIECES > 1 ? 1 : ceil_div(steps, kRunSteps);
+  const int64_t turns = ceil_div(groups, kGroupsAtOnce);
+  const int64_t runs = turns == 1 || PIECES > 1 ? 1 : ceil_div(steps, kRunSteps);
   const int64_t bytes = kStepWeights * sizeof(uint16_t);
-  const int64_t lines = ceil_div(bytes / 64, pairs * PIECES);
+  const int64_t lines = panels > 1 ? 0 : ceil_div(bytes / 64, turns * PIECES);
   for (int64_t i = 0; i < runs; ++i) {
     const Rows run = part(steps, runs, i);
-    const uint16_t* weights = panel + run.first * kStepWeights;
+    const uint16_t* from = weights + run.first * kStepWeights;
     const char* soon =
-        reinterpret_cast<const char*>(weights) + (runs == 1 ? kAhead : run.count * bytes);
-    for (int64_t g = 0; g < groups; g += 2, soon += lines * PIECES * 64 * run.count) {
+        reinterpret_cast<const char*>(from) + (runs == 1 ? kAhead : run.count * bytes);
+    for (int64_t g = 0; g < groups; g += kGroupsAtOnce, soon += lines * PIECES * 64 * run.count) {
       const uint16_t* first = rows.pieces + g * apart + run.first * PIECES * height * kDepth;
-      float* to = sums + g * height * kPanel;
-      const TileRun call{first, first + apart, weights, run.count, height, to, i == 0, soon, lines};
-      g + 1 < groups ? multiply_run<PIECES, true>(call) : multiply_run<PIECES, false>(call);
+      multiply_run<PIECES>({first, apart, height, from, run.count, panels, steps * kStepWeights,
+                            sums + g * height * kPanel, rows.groups.room() * kPanel, i == 0, soon,
+                            lines},
+                           std::min(kGroupsAtOnce, groups - g));
     }
   }
 }
 
 // sums[panel][row][kPanel] = rows times some panels of a matrix.
 inline void multiply_tiles(const Matrix& m, const Rows& panels, const Cut& rows, float* sums) {
-  const int64_t steps = steps_of(m.in);
+  const int64_t steps = steps_of(m.in), height = rows.groups.height;
   const auto* weights = static_cast<const uint16_t*>(m.data) + panels.first * steps * kStepWeights;
-  const TileRegisters registers(rows.groups.height, rows.groups.height);
-  for (int64_t p = 0; p < panels.count; ++p) {
-    const uint16_t* panel = weights + p * steps * kStepWeights;
-    float* to = sums + p * rows.groups.room() * kPanel;
-    rows.groups.pieces == 1 ? multiply_tile_panel<1>(rows, panel, steps, to)
-                            : multiply_tile_panel<kExactPieces>(rows, panel, steps, to);
+  const TileRegisters registers(height);
+  for (int64_t at = 0; at < panels.count;) {
+    const int64_t left = panels.count - at;
+    const int64_t some = kGroupsAtOnce == 1 ? tile_panels(rows.groups.room(), left) : 1;
+    const uint16_t* from = weights + at * steps * kStepWeights;
+    float* to = sums + at * rows.groups.room() * kPanel;
+    rows.groups.pieces == 1 ? multiply_tile_panels<1>(rows, from, some, steps, to)
+                            : multiply_tile_panels<kExactPieces>(rows, from, some, steps, to);
+    at += some;
   }
 }
 

@@ -5,13 +5,13 @@
 
 namespace blockllm {
 
-// kTiles: bfloat16 in tiles for AMX (amx.h), of weights alone; the others lie in panels. kInt8
+// kTiles: bfloat16 in tiles (tiles.h), of weights alone; the others lie in panels. kInt8
 // and kInt4 are codes (grouped.h), of weights alone, too.
 enum class Storage : int64_t { kF32 = 0, kBF16 = 1, kF16 = 2, kTiles = 3, kInt8 = 4, kInt4 = 5 };
 enum class NormKind : int64_t { kNone = 0, kRms = 1, kLayer = 2 };
 enum class Act : int64_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3, kTanh = 4, kNone = 5 };
 
-// A packed weight [out, in]; its layout is described in panel.h, amx.h and grouped.h.
+// A packed weight [out, in]; its layout is described in panel.h, tiles.h and grouped.h.
 struct Matrix {
   const void* data;
   int64_t out, in;

@@ -1,31 +1,40 @@
-// Attention of a block by AMX, with queries and softmax weights rounded to bfloat16:
+// Attention of a block in tiles, with queries and softmax weights rounded to bfloat16:
 // a way of attend.cpp. Queries lie in stripes of 16, which are computed two by two.
 #pragma once
 #include "attention.h"
+#include "few.h"
 #include "stripe.h"
 
 namespace blockllm {
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 
 struct Rounded {
   const Attention<BFloat16> a;
 
   int64_t width() const { return steps_of(a.call.dim) * kDepth; }
+  // Whether a block's queries are so few that they lie in no stripes.
+  static bool is_few(int64_t queries) { return queries < kFewQueries; }
   // Floats of the queries of a block and head, ready, and of a partial result.
   int64_t query_floats(int64_t queries) const {
-    return ceil_div(queries, kHeight) * kHeight * width() / 2;
+    if (is_few(queries)) return queries * width() / 2;
+    return ceil_div(queries, kSide) * kSide * width() / 2;
   }
   int64_t floats(int64_t queries) const {
-    return ceil_div(queries, kHeight) * Stripe::floats(width());
+    if (is_few(queries)) return Partial::floats(queries, width());
+    return ceil_div(queries, kSide) * Stripe::floats(width());
   }
 
   void prepare(const Reach& reach, int64_t head, float* to) const {
     const int64_t queries = a.queries_of(reach), dim = a.call.dim;
     auto* packed = reinterpret_cast<uint16_t*>(to);
-    float* ready = scratch<kHead>(kHeight * dim);
-    for (int64_t i = 0; i < queries; i += kHeight, packed += kHeight * width()) {
-      const int64_t count = std::min(kHeight, queries - i);
+    float* ready = scratch<kHead>(kSide * dim);
+    if (is_few(queries)) {
+      for (int64_t i = 0; i < queries; ++i) a.prepare_query(reach, head, i, ready + i * dim);
+      return round_rows(ready, queries, dim, packed);
+    }
+    for (int64_t i = 0; i < queries; i += kSide, packed += kSide * width()) {
+      const int64_t count = std::min(kSide, queries - i);
       for (int64_t j = 0; j < count; ++j) a.prepare_query(reach, head, i + j, ready + j * dim);
       pack_stripe(ready, count, dim, packed);
     }
@@ -33,6 +42,7 @@ struct Rounded {
 
   // The partial results of a piece's heads.
   void attend(const Piece& piece, const float* query, float* out) const {
+    if (is_few(a.queries_of(piece.reach))) return attend_few(piece, query, out);
     each_pair(piece, query, [&](const Span& span, auto stripes, int64_t stripe) {
       attend_stripes<decltype(stripes)::value>(span, out + stripe * Stripe::floats(width()));
     });
@@ -40,32 +50,62 @@ struct Rounded {
 
   // The same, folded into the states of the spans before it.
   void go_on(const Piece& piece, const float* query, float* state) const {
+    const int64_t queries = a.queries_of(piece.reach);
+    if (is_few(queries)) {
+      const int64_t apart = this->floats(queries), heads = piece.heads.count;
+      float* span = scratch<kSpanResult>(heads * apart);
+      attend_few(piece, query, span);
+      for (int64_t h = 0; h < heads; ++h) fold(span + h * apart, queries, state + h * apart);
+      return;
+    }
     const int64_t floats = Stripe::floats(width());
     float* result = scratch<kSpanResult>(2 * floats);
     each_pair(piece, query, [&](const Span& span, auto stripes, int64_t stripe) {
       constexpr int64_t kStripes = decltype(stripes)::value;
       attend_stripes<kStripes>(span, result);
-      fold(result, kStripes * kHeight, state + stripe * floats);
+      fold(result, kStripes * kSide, state + stripe * floats);
     });
   }
 
   void fold(float* span, int64_t queries, float* state) const {
+    if (is_few(queries))
+      return merge(Partial(span, queries), queries, width(), Partial(state, queries));
     const int64_t floats = Stripe::floats(width());
-    for (int64_t i = 0; i < ceil_div(queries, kHeight); ++i)
+    for (int64_t i = 0; i < ceil_div(queries, kSide); ++i)
       fold_stripe(Stripe(span + i * floats), width(), Stripe(state + i * floats));
   }
 
   void write(const Reach& reach, int64_t head, float* state) const {
     const int64_t queries = a.queries_of(reach);
-    for (int64_t i = 0; i < queries; i += kHeight, state += Stripe::floats(width())) {
-      float* to[kHeight];
-      const int64_t count = std::min(kHeight, queries - i);
+    if (is_few(queries)) return write_few(reach, head, Partial(state, queries));
+    for (int64_t i = 0; i < queries; i += kSide, state += Stripe::floats(width())) {
+      float* to[kSide];
+      const int64_t count = std::min(kSide, queries - i);
       for (int64_t j = 0; j < count; ++j) to[j] = a.call.out + a.place(reach, head, i + j);
       write_stripe(Stripe(state), count, a.call.dim, to);
     }
   }
 
  private:
+  void attend_few(const Piece& piece, const float* query, float* out) const {
+    const int64_t queries = a.queries_of(piece.reach);
+    const Keys<BFloat16> keys = a.keys(piece.reach, piece.heads.first, piece.span);
+    const Seen seen = a.seen(piece.reach, piece.span);
+    const auto* rows = reinterpret_cast<const uint16_t*>(query);
+    for (int64_t h = 0; h < piece.heads.count; ++h)
+      attend_pairs(rows + h * queries * width(), queries, keys.behind(h), seen,
+                   out + h * floats(queries));
+  }
+
+  void write_few(const Reach& reach, int64_t head, const Partial& state) const {
+    const int64_t dim = a.call.dim;
+    for (int64_t i = 0; i < a.queries_of(reach); ++i) {
+      float* out = a.call.out + a.place(reach, head, i);
+      const float inverse = 1.0f / state.sum[i];
+      for (int64_t d = 0; d < dim; ++d) out[d] = state.values[i * width() + d] * inverse;
+    }
+  }
+
   // What the stripes of a piece share, and two of them (or the last one) see.
   struct Span {
     KeyTiles keys;
@@ -77,10 +117,10 @@ struct Rounded {
   // Calls body for every two stripes of each head.
   template <class Body>
   void each_pair(const Piece& piece, const float* query, const Body& body) const {
-    const int64_t queries = a.queries_of(piece.reach), stripes = ceil_div(queries, kHeight);
+    const int64_t queries = a.queries_of(piece.reach), stripes = ceil_div(queries, kSide);
     // All heads in one sweep. Many queries wait for no memory: they keep the core busy, and their
     // context in its cache.
-    int64_t fetched = queries > kHeight ? 0 : piece.heads.count * a.call.dim * 2;
+    int64_t fetched = queries > kSide ? 0 : piece.heads.count * a.call.dim * 2;
     for (int64_t h = 0; h < piece.heads.count; ++h, fetched = 0)
       pairs_of_head(piece, h, fetched, query + h * query_floats(queries),
                     [&](const Span& span, auto some, int64_t stripe) {
@@ -97,22 +137,22 @@ struct Rounded {
     auto* turned = scratch<kTurned, uint16_t>(width() * kSpan);
     turn_values(keys, low, fetched, turned);
     Span span{key_tiles(keys), turned, reinterpret_cast<const uint16_t*>(query), {}};
-    const TileRegisters registers(kHeight, kHeight);
-    for (int64_t i = 0; i < queries; i += 2 * kHeight) {
+    const TileRegisters registers(kSide);
+    for (int64_t i = 0; i < queries; i += 2 * kSide) {
       span.sights[0] = sight(seen, i, queries);
-      if (i + kHeight < queries) {
-        span.sights[1] = sight(seen, i + kHeight, queries);
-        body(span, std::integral_constant<int, 2>(), i / kHeight);
+      if (i + kSide < queries) {
+        span.sights[1] = sight(seen, i + kSide, queries);
+        body(span, std::integral_constant<int, 2>(), i / kSide);
       } else {
-        body(span, std::integral_constant<int, 1>(), i / kHeight);
+        body(span, std::integral_constant<int, 1>(), i / kSide);
       }
-      span.queries += 2 * kHeight * width();
+      span.queries += 2 * kSide * width();
     }
   }
 
   // Where a page holds whole tiles, they are read in place.
   KeyTiles key_tiles(const Keys<BFloat16>& keys) const {
-    const bool in_place = a.call.page % kHeight == 0 && keys.dim == width();
+    const bool in_place = a.call.page % kSide == 0 && keys.dim == width();
     KeyTiles tiles;
     tiles.stride = 2 * (in_place ? a.call.kv_heads * keys.dim : width());
     auto* copies = in_place ? nullptr : scratch<kKeyTiles, uint16_t>(kSpan * width());
@@ -122,9 +162,9 @@ struct Rounded {
         _mm512_store_si512(copies + j * width() + d, x);
       }
     }
-    for (int64_t j = 0; j < kSpan; j += kHeight) {
-      const int64_t at = j < keys.count ? j : (keys.count - 1) / kHeight * kHeight;
-      tiles.at[j / kHeight] = in_place ? keys.at[at] : copies + at * width();
+    for (int64_t j = 0; j < kSpan; j += kSide) {
+      const int64_t at = j < keys.count ? j : (keys.count - 1) / kSide * kSide;
+      tiles.at[j / kSide] = in_place ? keys.at[at] : copies + at * width();
     }
     return tiles;
   }
@@ -132,12 +172,12 @@ struct Rounded {
   // What the stripe from `query` on sees; its places behind the last query see what that one does.
   static Sight sight(const Seen& seen, int64_t query, int64_t queries) {
     Sight sight;
-    for (int64_t i = 0; i < kHeight; ++i) {
+    for (int64_t i = 0; i < kSide; ++i) {
       const int64_t rows = std::min(queries - 1, query + i) / seen.group;
       sight.low[i] = static_cast<int32_t>(seen.low + rows);
       sight.high[i] = static_cast<int32_t>(seen.high + rows);
     }
-    sight.all_low = sight.low[kHeight - 1];
+    sight.all_low = sight.low[kSide - 1];
     sight.all_high = sight.high[0];
     return sight;
   }
@@ -145,17 +185,17 @@ struct Rounded {
   template <int S>
   void attend_stripes(const Span& span, float* out) const {
     const Sight* sights = span.sights;
-    const int64_t seen = std::clamp<int64_t>(sights[S - 1].high[kHeight - 1], 0, kSpan);
+    const int64_t seen = std::clamp<int64_t>(sights[S - 1].high[kSide - 1], 0, kSpan);
     const int64_t first = std::max<int64_t>(0, sights[0].low[0]) / kDepth;
     const int64_t last = ceil_div(seen, kDepth), begins = first * kDepth, ends = last * kDepth;
-    float* scores = scratch<kScores>(2 * kSpan * kHeight);
-    auto* weights = scratch<kWeights, uint16_t>(2 * kSpan * kHeight);
+    float* scores = scratch<kScores>(2 * kSpan * kSide);
+    auto* weights = scratch<kWeights, uint16_t>(2 * kSpan * kSide);
     score_tiles<S>(span.keys, 2 * first, 2 * last, span.queries, steps_of(a.call.dim), scores);
     for (int s = 0; s < S; ++s) {
-      float* own = scores + s * kSpan * kHeight;
+      float* own = scores + s * kSpan * kSide;
       hide(sights[s], begins, std::min(ends, sights[s].all_low), own);
       hide(sights[s], std::max(begins, sights[s].all_high), ends, own);
-      soften_stripe(own, first, last, weights + s * kSpan * kHeight,
+      soften_stripe(own, first, last, weights + s * kSpan * kSide,
                     Stripe(out + s * Stripe::floats(width())));
     }
     float* values = Stripe(out).values;

@@ -1,4 +1,4 @@
-// Attention of a stripe of 16 queries over one span by AMX: scores, softmax, weighted values.
+// Attention of a stripe of 16 queries over one span in tiles: scores, softmax, weighted values.
 //
 // Everything lies crosswise: a tile of scores is 16 positions by 16 queries, so keys are read from
 // their pages as they lie, and softmax runs down the positions in vectors of 16 queries. Weights of
@@ -7,21 +7,20 @@
 // place in the stripe nor on the queries beside it; positions that it may not see have weight zero,
 // which adds nothing.
 #pragma once
-#include <atomic>
 #include <limits>
 
 #include "amx.h"
 #include "curves.h"
+#include "dots.h"
 #include "span.h"
 #include "words.h"
 
 namespace blockllm {
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 
 constexpr int64_t kSteps = kSpan / kDepth;      // of positions, in a span
-constexpr int64_t kTile = kHeight * kDepth;     // elements of a tile of factors
-constexpr int64_t kSquare = kHeight * kHeight;  // floats of a tile of sums
+constexpr int64_t kTile = kSide * kDepth;  // elements of a tile of factors
 constexpr float kUnseen = -std::numeric_limits<float>::infinity();
 
 // What a span (or all spans so far) says about the queries of a stripe: see Partial.
@@ -30,20 +29,20 @@ struct Stripe {
   float* sum;      // [16]
   float* values;   // [width][16]
 
-  explicit Stripe(float* at) : maximum(at), sum(at + kHeight), values(at + 2 * kHeight) {}
-  static int64_t floats(int64_t width) { return (width + 2) * kHeight; }
+  explicit Stripe(float* at) : maximum(at), sum(at + kSide), values(at + 2 * kSide) {}
+  static int64_t floats(int64_t width) { return (width + 2) * kSide; }
 };
 
 // The positions of a span that each query of a stripe sees: [low, high), and those that all see.
 struct Sight {
-  alignas(64) int32_t low[kHeight];
-  alignas(64) int32_t high[kHeight];
+  alignas(64) int32_t low[kSide];
+  alignas(64) int32_t high[kSide];
   int64_t all_low, all_high;
 };
 
 // Keys as tiles of 16 positions by 32 elements.
 struct KeyTiles {
-  const uint16_t* at[kSpan / kHeight];
+  const uint16_t* at[kSpan / kSide];
   int64_t stride;  // bytes from a position to the next one
 };
 
@@ -61,11 +60,11 @@ inline __m512i rounded(const float* x, int64_t left) {
 // packed[step][pair of elements][query][2] of `count` queries; zeros for the others.
 inline void pack_stripe(const float* queries, int64_t count, int64_t dim, uint16_t* packed) {
   for (int64_t d = 0; d < dim; d += kDepth) {
-    __m512i x[kHeight];
-    for (int64_t i = 0; i < kHeight; ++i)
+    __m512i x[kSide];
+    for (int64_t i = 0; i < kSide; ++i)
       x[i] = i < count ? rounded(queries + i * dim + d, dim - d) : _mm512_setzero_si512();
     turn_words(x);
-    for (int64_t i = 0; i < kHeight; ++i) _mm512_store_si512(packed + i * kDepth, x[i]);
+    for (int64_t i = 0; i < kSide; ++i) _mm512_store_si512(packed + i * kDepth, x[i]);
     packed += kTile;
   }
 }
@@ -81,18 +80,18 @@ inline void turn_values(const Keys<BFloat16>& keys, int64_t first, int64_t fetch
     fetch(keys, (step + 1) * kDepth, (step + 2) * kDepth, fetched);
     for (int64_t d = 0; d < keys.dim; d += kDepth) {
       const __mmask32 some = some_words(keys.dim - d);
-      __m512i x[2][kHeight];
+      __m512i x[2][kSide];
       for (int64_t i = 0; i < kDepth; ++i) {
         const int64_t position = step * kDepth + i;
-        x[i / kHeight][i % kHeight] =
+        x[i / kSide][i % kSide] =
             position < keys.count
                 ? _mm512_maskz_loadu_epi16(some, keys.at[position] + keys.value_offset + d)
                 : _mm512_setzero_si512();
       }
       turn_words(x[0]);
       turn_words(x[1]);
-      for (int64_t i = 0; i < kHeight; ++i) {
-        const int64_t tile = (d / kHeight + i / 8) * kSteps + step;
+      for (int64_t i = 0; i < kSide; ++i) {
+        const int64_t tile = (d / kSide + i / 8) * kSteps + step;
         uint16_t* to = turned + tile * kTile + i % 8 * 2 * kDepth;
         const __m512i even = _mm512_or_si512(_mm512_and_si512(x[0][i], low_half),
                                              _mm512_slli_epi32(x[1][i], 16));
@@ -110,33 +109,14 @@ inline void turn_values(const Keys<BFloat16>& keys, int64_t first, int64_t fetch
 template <int S>
 void score_tiles(const KeyTiles& keys, int64_t first, int64_t last, const uint16_t* queries,
                  int64_t steps, float* scores) {
-  const uint16_t* others = queries + steps * kTile;
   for (int64_t t = first; t < last; t += 2) {
-    _tile_zero(0);
-    _tile_zero(1);
-    if constexpr (S == 2) {
-      _tile_zero(2);
-      _tile_zero(3);
-    }
-    for (int64_t step = 0; step < steps; ++step) {
-      _tile_loadd(4, keys.at[t] + step * kDepth, keys.stride);
-      _tile_loadd(6, queries + step * kTile, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(5, keys.at[t + 1] + step * kDepth, keys.stride);
-      _tile_dpbf16ps(1, 5, 6);
-      if constexpr (S == 2) {
-        _tile_loadd(7, others + step * kTile, 64);
-        _tile_dpbf16ps(2, 4, 7);
-        _tile_dpbf16ps(3, 5, 7);
-      }
-    }
     float* to = scores + t * kSquare;
-    _tile_stored(0, to, 64);
-    _tile_stored(1, to + kSquare, 64);
-    if constexpr (S == 2) {
-      _tile_stored(2, to + kSpan * kHeight, 64);
-      _tile_stored(3, to + kSpan * kHeight + kSquare, 64);
-    }
+    multiply_squares<S>({{keys.at[t], keys.at[t + 1]},
+                         keys.stride,
+                         kDepth,
+                         {queries, queries + steps * kTile},
+                         steps,
+                         {to, to + kSpan * kSide}});
   }
 }
 
@@ -147,7 +127,7 @@ inline void hide(const Sight& sight, int64_t first, int64_t last, float* scores)
     const __m512i position = _mm512_set1_epi32(static_cast<int>(j));
     const __mmask16 seen = _mm512_cmple_epi32_mask(low, position) &
                            _mm512_cmpgt_epi32_mask(high, position);
-    float* at = scores + j * kHeight;
+    float* at = scores + j * kSide;
     store(at, _mm512_mask_blend_ps(seen, fill(kUnseen), load(at)));
   }
 }
@@ -164,6 +144,20 @@ inline Vec rounded_exp2(Vec x) {
   return scale_pow2(p, x);
 }
 
+constexpr float kBase = 1.44269504089f;  // 1 / ln 2
+
+// What makes exponents of kBase * score at most zero; zero where nothing is seen.
+inline Vec shift_of(Vec maximum) {
+  const Vec lowest = fill(-std::numeric_limits<float>::max());
+  return select_less(maximum, lowest, zero(), mul(maximum, fill(-kBase)));
+}
+
+// Words of two bfloat16s each, which a and b are as float32.
+inline __m512i paired(Vec a, Vec b) {
+  return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(_mm512_castps_si512(a), 16),
+                                 _mm512_castps_si512(b));
+}
+
 // weights[step][16 pairs of positions p, p + 16][16 queries][2] of the steps [first, last), with
 // the maximum of the scores and the sum of the weights.
 inline void soften_stripe(const float* scores, int64_t first, int64_t last, uint16_t* weights,
@@ -171,63 +165,40 @@ inline void soften_stripe(const float* scores, int64_t first, int64_t last, uint
   Vec top[4];
   for (int i = 0; i < 4; ++i) top[i] = fill(kUnseen);
   for (int64_t j = first * kDepth; j < last * kDepth; j += 4)
-    for (int i = 0; i < 4; ++i) top[i] = max(top[i], load(scores + (j + i) * kHeight));
+    for (int i = 0; i < 4; ++i) top[i] = max(top[i], load(scores + (j + i) * kSide));
   const Vec maximum = max(max(top[0], top[1]), max(top[2], top[3]));
   store(out.maximum, maximum);
-  const Vec base = fill(1.44269504089f);  // 1 / ln 2
-  const Vec lowest = fill(-std::numeric_limits<float>::max());
-  const Vec shift = select_less(maximum, lowest, zero(), mul(maximum, sub(zero(), base)));
-  Vec near = zero(), far = zero();
+  const Vec base = fill(kBase), shift = shift_of(maximum);
+  const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
+  Vec sum = zero();
   for (int64_t step = first; step < last; ++step) {
     const float* from = scores + step * 2 * kSquare;
     uint16_t* to = weights + step * kTile;
 #pragma GCC unroll 4
-    for (int64_t i = 0; i < kHeight; ++i) {
-      const Vec a = rounded_exp2(fma(load(from + i * kHeight), base, shift));
-      const Vec b = rounded_exp2(fma(load(from + kSquare + i * kHeight), base, shift));
-      near = add(near, a);
-      far = add(far, b);
-      _mm512_store_si512(
-          to + i * kDepth,
-          _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(_mm512_castps_si512(a), 16),
-                                  _mm512_castps_si512(b)));
+    for (int64_t i = 0; i < kSide; ++i) {
+      const Vec a = rounded_exp2(fma(load(from + i * kSide), base, shift));
+      const Vec b = rounded_exp2(fma(load(from + kSquare + i * kSide), base, shift));
+      const __m512i both = paired(a, b);
+      sum = _mm512_dpbf16_ps(sum, (__m512bh)both, ones);
+      _mm512_store_si512(to + i * kDepth, both);
     }
   }
-  store(out.sum, add(near, far));
+  store(out.sum, sum);
 }
 
 // values[stripe][element][16]: the values of steps [first, last) weighted, S stripes.
 template <int S>
 void weigh_tiles(const uint16_t* turned, int64_t width, const uint16_t* weights, int64_t first,
                  int64_t last, float* values, float* others) {
-  std::atomic_signal_fence(std::memory_order_seq_cst);  // weights are written
   for (int64_t d = 0; d < width; d += kDepth) {
-    const uint16_t* even = turned + d * kSpan;
-    const uint16_t* odd = even + kSteps * kTile;
-    _tile_zero(0);
-    _tile_zero(1);
-    if constexpr (S == 2) {
-      _tile_zero(2);
-      _tile_zero(3);
-    }
-    for (int64_t step = first; step < last; ++step) {
-      _tile_loadd(4, even + step * kTile, 64);
-      _tile_loadd(6, weights + step * kTile, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(5, odd + step * kTile, 64);
-      _tile_dpbf16ps(1, 5, 6);
-      if constexpr (S == 2) {
-        _tile_loadd(7, weights + (kSteps + step) * kTile, 64);
-        _tile_dpbf16ps(2, 4, 7);
-        _tile_dpbf16ps(3, 5, 7);
-      }
-    }
-    _tile_stored(0, values + d * kHeight, 64);
-    _tile_stored(1, values + d * kHeight + kSquare, 64);
-    if constexpr (S == 2) {
-      _tile_stored(2, others + d * kHeight, 64);
-      _tile_stored(3, others + d * kHeight + kSquare, 64);
-    }
+    const uint16_t* even = turned + d * kSpan + first * kTile;
+    const uint16_t* own = weights + first * kTile;
+    multiply_squares<S>({{even, even + kSteps * kTile},
+                         64,
+                         kTile,
+                         {own, own + kSteps * kTile},
+                         last - first,
+                         {values + d * kSide, others + d * kSide}});
   }
 }
 
@@ -241,8 +212,8 @@ inline void fold_stripe(const Stripe& span, int64_t width, const Stripe& state) 
   _mm512_mask_storeu_ps(state.maximum, seen, top);
   _mm512_mask_storeu_ps(state.sum, seen, fma(load(state.sum), keep, mul(sum, take)));
   for (int64_t d = 0; d < width; ++d) {
-    float* to = state.values + d * kHeight;
-    const Vec all = fma(load(to), keep, mul(load(span.values + d * kHeight), take));
+    float* to = state.values + d * kSide;
+    const Vec all = add(mul(load(to), keep), mul(load(span.values + d * kSide), take));
     _mm512_mask_storeu_ps(to, seen, all);
   }
 }
@@ -250,12 +221,12 @@ inline void fold_stripe(const Stripe& span, int64_t width, const Stripe& state) 
 // Divides by the sums and turns the values back to rows.
 inline void write_stripe(const Stripe& state, int64_t count, int64_t dim, float* const* out) {
   const Vec inverse = div(fill(1.0f), load(state.sum));
-  for (int64_t d = 0; d < dim; d += kHeight) {
-    __m512i x[kHeight];
-    for (int64_t i = 0; i < kHeight; ++i)
-      x[i] = _mm512_castps_si512(mul(load(state.values + (d + i) * kHeight), inverse));
+  for (int64_t d = 0; d < dim; d += kSide) {
+    __m512i x[kSide];
+    for (int64_t i = 0; i < kSide; ++i)
+      x[i] = _mm512_castps_si512(mul(load(state.values + (d + i) * kSide), inverse));
     turn_words(x);
-    const auto some = static_cast<__mmask16>(some_words(std::min(kHeight, dim - d)));
+    const auto some = static_cast<__mmask16>(some_words(std::min(kSide, dim - d)));
     for (int64_t i = 0; i < count; ++i) _mm512_mask_storeu_epi32(out[i] + d, some, x[i]);
   }
 }

@@ -1,6 +1,6 @@
 // The widest float vector of the target: the kernels are written once upon these few operations and
-// the library is compiled once per instruction set (AVX2 + FMA + F16C; AVX-512 F/BW/VL/DQ; and that
-// with AMX).
+// the library is compiled once per instruction set (AVX2 + FMA + F16C; AVX-512 F/BW/VL/DQ; with that
+// its products of bfloat16s; with those AMX).
 #pragma once
 #include <immintrin.h>
 

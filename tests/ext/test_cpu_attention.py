@@ -283,7 +283,7 @@ def test_rounds_queries_and_weights_alone(
     cache = Cache(filled_cache(place, shape).data.bfloat16(), shape.page)
     how = Attention(0.5, window=window)
     got = rounding.attend(q, k, v, how, Place(cache, 0, rounding.plan(place)))
-    if rounding.isa != "amx":
+    if rounding.isa not in ("amx", "avx512bf16"):
         plain = CpuOps(threads=2, isa=rounding.isa)
         expected = plain.attend(q, k, v, how, Place(cache, 0, plain.plan(place)))
         assert torch.equal(got, expected)

@@ -15,13 +15,14 @@ from ext.ops import Linear, LoraSegment, Norm, Patch
 BOUND = 1e-5
 
 pytestmark = pytest.mark.skipif(not supported(), reason="needs AVX2, FMA and F16C")
-needs_tiles = pytest.mark.skipif("amx" not in supported(), reason="needs AMX")
+ROUNDING = [isa for isa in supported() if isa in ("amx", "avx512bf16")]
+needs_tiles = pytest.mark.skipif(not ROUNDING, reason="needs AMX or AVX-512 BF16")
 
 
-@pytest.fixture(scope="module")
-def ops() -> CpuOps:
+@pytest.fixture(scope="module", params=ROUNDING)
+def ops(request: pytest.FixtureRequest) -> CpuOps:
     torch.manual_seed(0)
-    return CpuOps(threads=2, isa="amx", rounding=True)
+    return CpuOps(threads=2, isa=request.param, rounding=True)
 
 
 def weight(out: int, width: int) -> Tensor:
@@ -35,7 +36,7 @@ def assert_close(got: Tensor, expected: Tensor) -> None:
 
 def normalized(norm: Norm, x: Tensor) -> Tensor:
     """Rows as exact kernels multiply them: an identity gives them back."""
-    exact = CpuOps(threads=1, isa="amx")
+    exact = CpuOps(threads=1)
     identity = Linear(exact.matrix(torch.eye(x.shape[1]).bfloat16()))
     return exact.project(x, norm, (identity,), (None,))[0]
 
@@ -69,7 +70,7 @@ def test_a_rounded_row_has_the_same_bits_in_any_batch_on_any_number_of_threads(
     ops: CpuOps,
 ) -> None:
     width, norm = 1536, Norm("rms", 1e-5, torch.rand(1536) + 0.5)
-    alone = CpuOps(threads=1, isa="amx", rounding=True)
+    alone = CpuOps(threads=1, isa=ops.isa, rounding=True)
     x, residual = torch.randn(600, width), torch.randn(600, 80)
     down, *gated = (Linear(ops.matrix(weight(out, width))) for out in (80, 200, 200))
 
@@ -104,7 +105,7 @@ def test_keeps_float32_factors_in_half_the_memory(ops: CpuOps, rank: int) -> Non
     assert_close(got, expected)
 
 
-@pytest.mark.parametrize("isa", [isa for isa in supported() if isa != "amx"])
+@pytest.mark.parametrize("isa", [isa for isa in supported() if isa not in ROUNDING])
 def test_nothing_is_rounded_where_it_would_not_be_faster(isa: Isa) -> None:
     x, w = torch.randn(40, 96), weight(70, 96)
     exact, rounding = CpuOps(2, isa), CpuOps(2, isa, rounding=True)

@@ -1,0 +1,185 @@
+// Attention of few queries over one span with dot products of bfloat16s, where a stripe (stripe.h)
+// would be mostly empty: lanes are positions while they are scored, and elements while values are
+// weighed. Every sum has the order that it has in a stripe, so the bits are the same.
+#pragma once
+#include "dots.h"
+#include "span.h"
+#include "stripe.h"
+#include "words.h"
+
+namespace blockllm {
+
+#if defined(__AVX512BF16__)
+
+// Below so many queries a stripe takes longer; AMX is done with one before this has begun.
+constexpr int64_t kFewQueries = kExactInTiles ? 0 : 12;
+
+// Words per query of a span's softmax weights: pairs of the positions p and p + 16.
+constexpr int64_t kPairWords = kSpan / 2;
+
+// rows[query][width] of bfloat16, zeros behind `dim`.
+inline void round_rows(const float* queries, int64_t count, int64_t dim, uint16_t* rows) {
+  const int64_t width = steps_of(dim) * kDepth;
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t d = 0; d < width; d += kDepth)
+      _mm512_storeu_si512(rows + i * width + d, rounded(queries + i * dim + d, dim - d));
+}
+
+// turned[pair of elements][32 positions][2] of the positions from `first` on.
+inline void turn_keys(const Keys<BFloat16>& keys, int64_t first, uint16_t* turned) {
+  for (int64_t d = 0; d < keys.dim; d += kDepth) {
+    const __mmask32 some = some_words(keys.dim - d);
+    for (int64_t half = 0; half < 2; ++half) {
+      __m512i x[kSide];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kSide; ++i)
+        x[i] = _mm512_maskz_loadu_epi16(some, keys.key(first + half * kSide + i) + d);
+      turn_words(x);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kSide; ++i)
+        _mm512_store_si512(turned + (d / 2 + i) * 2 * kDepth + half * kDepth, x[i]);
+    }
+  }
+}
+
+// scores[query][32] of Q queries.
+template <int Q>
+void score_turned_pairs(const uint16_t* queries, int64_t width, const uint16_t* turned,
+                        float* scores) {
+  Vec sums[Q][2];
+#pragma GCC unroll 4
+  for (int q = 0; q < Q; ++q) sums[q][0] = sums[q][1] = zero();
+#pragma GCC unroll 4
+  for (int64_t pair = 0; pair < width / 2; ++pair) {
+    const __m512bh near = pairs(turned + pair * 2 * kDepth);
+    const __m512bh far = pairs(turned + pair * 2 * kDepth + kDepth);
+#pragma GCC unroll 4
+    for (int q = 0; q < Q; ++q) {
+      const __m512bh x = fill_pairs(queries + q * width + 2 * pair);
+      sums[q][0] = _mm512_dpbf16_ps(sums[q][0], near, x);
+      sums[q][1] = _mm512_dpbf16_ps(sums[q][1], far, x);
+    }
+  }
+#pragma GCC unroll 4
+  for (int q = 0; q < Q; ++q) {
+    store(scores + q * kSpan, sums[q][0]);
+    store(scores + q * kSpan + kLanes, sums[q][1]);
+  }
+}
+
+// weights[16 pairs of positions of each step], and the largest, of the scores at the steps
+// [first, last), of which those outside of [low, high) are not seen.
+inline float soften_pairs(float* scores, int64_t first, int64_t last, const Positions& seen,
+                          uint16_t* weights) {
+  for (int64_t j = first * kDepth; j < seen.first; ++j) scores[j] = kUnseen;
+  for (int64_t j = seen.last; j < last * kDepth; ++j) scores[j] = kUnseen;
+  Vec top = fill(kUnseen);
+  for (int64_t j = first * kDepth; j < last * kDepth; j += kLanes) top = max(top, load(scores + j));
+  const float maximum = largest(top);
+  const Vec base = fill(kBase), shift = shift_of(fill(maximum));
+  for (int64_t step = first; step < last; ++step) {
+    const float* from = scores + step * kDepth;
+    const Vec near = rounded_exp2(fma(load(from), base, shift));
+    const Vec far = rounded_exp2(fma(load(from + kLanes), base, shift));
+    _mm512_storeu_si512(weights + step * kDepth, paired(near, far));
+  }
+  return maximum;
+}
+
+// values[query][16 V] (+)= those of the steps [first, last) from element `d` on, weighted, of Q
+// queries; sums of the weights.
+template <int Q, int V>
+void weigh_pairs(const uint16_t* weights, const Keys<BFloat16>& keys, int64_t first, int64_t last,
+                 int64_t d, float* values, int64_t width, float* sums) {
+  const __m512i ones = _mm512_set1_epi16(0x3f80);
+  Vec total[Q][V], all[Q];
+#pragma GCC unroll 4
+  for (int q = 0; q < Q; ++q) {
+    all[q] = zero();
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) total[q][v] = zero();
+  }
+  const int64_t left = keys.dim - d;
+  const __mmask32 some[2] = {some_words(left), some_words(std::max<int64_t>(0, left - kDepth))};
+  for (int64_t step = first; step < last; ++step) {
+    for (int64_t i = 0; i < kSide; ++i) {
+      const int64_t near = step * kDepth + i, far = near + kSide;
+      __m512bh x[V];
+#pragma GCC unroll 2
+      for (int v = 0; v < V; v += 2) {
+        const __mmask32 here = near < keys.count ? some[v / 2] : 0;
+        const __mmask32 there = far < keys.count ? some[v / 2] : 0;
+        const __m512i a = _mm512_maskz_loadu_epi16(here, keys.value(near) + d + v * kLanes);
+        const __m512i b = _mm512_maskz_loadu_epi16(there, keys.value(far) + d + v * kLanes);
+        x[v] = (__m512bh)_mm512_unpacklo_epi16(a, b);
+        x[v + 1] = (__m512bh)_mm512_unpackhi_epi16(a, b);
+      }
+#pragma GCC unroll 4
+      for (int q = 0; q < Q; ++q) {
+        const __m512bh weight = fill_pairs(weights + q * 2 * kPairWords + step * kDepth + 2 * i);
+        all[q] = _mm512_dpbf16_ps(all[q], weight, (__m512bh)ones);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) total[q][v] = _mm512_dpbf16_ps(total[q][v], x[v], weight);
+      }
+    }
+  }
+  // Unpacking left elements 8 k + i of each 32 in the low vector, 8 k + 4 + i in the high one.
+  const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+#pragma GCC unroll 4
+  for (int q = 0; q < Q; ++q) {
+    sums[q] = _mm512_cvtss_f32(all[q]);
+#pragma GCC unroll 2
+    for (int v = 0; v < V; v += 2) {
+      float* to = values + q * width + d + v * kLanes;
+      store(to, _mm512_permutex2var_ps(total[q][v], low, total[q][v + 1]));
+      store(to + kLanes, _mm512_permutex2var_ps(total[q][v], high, total[q][v + 1]));
+    }
+  }
+}
+
+template <int Q>
+void weigh_all_pairs(const uint16_t* weights, const Keys<BFloat16>& keys, int64_t first,
+                     int64_t last, float* values, int64_t width, float* sums) {
+  int64_t d = 0;
+  for (; d + 2 * kDepth <= width; d += 2 * kDepth)
+    weigh_pairs<Q, 4>(weights, keys, first, last, d, values, width, sums);
+  if (d < width) weigh_pairs<Q, 2>(weights, keys, first, last, d, values, width, sums);
+}
+
+// Calls body(first query, how many) for groups of 3 or single ones.
+template <class Body>
+void by_threes(int64_t queries, const Body& body) {
+  int64_t i = 0;
+  for (; i + 3 <= queries; i += 3) body(i, std::integral_constant<int, 3>());
+  for (; i < queries; ++i) body(i, std::integral_constant<int, 1>());
+}
+
+// What a span says about the queries of a head: Partial with rows of `width`.
+inline void attend_pairs(const uint16_t* query, int64_t queries, const Keys<BFloat16>& keys,
+                         const Seen& seen, float* to) {
+  const int64_t width = steps_of(keys.dim) * kDepth;
+  const int64_t first = seen.begin(0) / kDepth, last = ceil_div(seen.end(queries - 1), kDepth);
+  float* scores = scratch<kScores>(kFewQueries * kSpan);
+  auto* weights = scratch<kWeights, uint16_t>(kFewQueries * 2 * kPairWords);
+  auto* turned = scratch<kTurned, uint16_t>(width * kDepth);
+  for (int64_t step = first; step < last; ++step) {
+    turn_keys(keys, step * kDepth, turned);
+    by_threes(queries, [&](int64_t i, auto some) {
+      score_turned_pairs<some>(query + i * width, width, turned,
+                               scores + i * kSpan + step * kDepth);
+    });
+  }
+  const Partial out(to, queries);
+  for (int64_t i = 0; i < queries; ++i)
+    out.maximum[i] = soften_pairs(scores + i * kSpan, first, last, {seen.begin(i), seen.end(i)},
+                                  weights + i * 2 * kPairWords);
+  by_threes(queries, [&](int64_t i, auto some) {
+    weigh_all_pairs<some>(weights + i * 2 * kPairWords, keys, first, last,
+                          out.values + i * width, width, out.sum + i);
+  });
+}
+
+#endif
+
+}  // namespace blockllm

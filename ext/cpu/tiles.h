@@ -1,0 +1,67 @@
+// How weights lie in tiles for processors that multiply bfloat16 by bfloat16 and sum in float32
+// (amx.h, dots.h), and what those compute at once.
+//
+// Panels of kPanel outputs, each [inputs / 32][2 tiles][16 pairs of inputs][16 outputs][2], padded
+// with zeros: a step of kDepth inputs of a panel is 2 KiB that one product after the other reads in
+// order.
+#pragma once
+#include "chunk.h"
+#include "panel.h"
+
+namespace blockllm {
+
+constexpr int64_t kDepth = 32;                      // inputs of a tile
+constexpr int64_t kTileWeights = 16 * kDepth;       // 16 outputs
+constexpr int64_t kStepWeights = 2 * kTileWeights;  // kDepth inputs of a panel
+constexpr int64_t kSide = 16;                       // of a square of sums
+constexpr int64_t kSquare = kSide * kSide;
+
+#if defined(__AMX_BF16__)
+// Rows in three pieces are multiplied faster than by float32 units: all weights lie in tiles.
+constexpr bool kHasTiles = true, kExactInTiles = true;
+constexpr int64_t kHeight = 16;       // rows of a group, at most
+constexpr int64_t kGroupsAtOnce = 2;  // that a run multiplies
+#elif defined(__AVX512BF16__)
+constexpr bool kHasTiles = true, kExactInTiles = false;
+constexpr int64_t kHeight = kTileRows;
+constexpr int64_t kGroupsAtOnce = 1;
+#else
+constexpr bool kHasTiles = false, kExactInTiles = false;
+constexpr int64_t kHeight = kTileRows;
+#endif
+
+inline int64_t steps_of(int64_t in) { return ceil_div(in, kDepth); }
+
+// Where the weight of output c of a panel and input k lies within the panel.
+inline int64_t tile_place(int64_t c, int64_t k) {
+  return k / kDepth * kStepWeights + c / 16 * kTileWeights + k % kDepth / 2 * 32 + c % 16 * 2 +
+         k % 2;
+}
+
+// What groups of rows in pieces, kGroupsAtOnce or the last one, do with a run of some panels (of
+// one, where there are several groups): sums (+)= pieces times weights.
+struct TileRun {
+  const uint16_t* rows;
+  int64_t apart;  // elements from a group to the next one
+  int64_t height;
+  const uint16_t* weights;
+  int64_t steps, panels, panel_stride;  // elements
+  float* sums;          // of a group [height][kPanel], those of the next behind them
+  int64_t sums_stride;  // floats from panel to panel
+  bool begins;          // sums begin at zero
+  const char* soon;     // memory to fetch meanwhile, `lines` of 64 bytes per piece
+  int64_t lines;
+};
+
+// out[stripe][32][16] = two tiles of 16 rows, each times the tiles of one or two stripes, summed
+// over steps.
+struct Squares {
+  const uint16_t* rows[2];
+  int64_t stride;               // bytes from row to row
+  int64_t apart;                // elements from step to step
+  const uint16_t* stripes[2];   // [step][16 pairs][16][2]
+  int64_t steps;
+  float* out[2];
+};
+
+}  // namespace blockllm
