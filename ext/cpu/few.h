@@ -14,9 +14,6 @@ namespace blockllm {
 // Below so many queries a stripe takes longer; AMX is done with one before this has begun.
 constexpr int64_t kFewQueries = kExactInTiles ? 0 : 12;
 
-// Words per query of a span's softmax weights: pairs of the positions p and p + 16.
-constexpr int64_t kPairWords = kSpan / 2;
-
 // rows[query][width] of bfloat16, zeros behind `dim`.
 inline void round_rows(const float* queries, int64_t count, int64_t dim, uint16_t* rows) {
   const int64_t width = steps_of(dim) * kDepth;
@@ -25,15 +22,19 @@ inline void round_rows(const float* queries, int64_t count, int64_t dim, uint16_
       _mm512_storeu_si512(rows + i * width + d, rounded(queries + i * dim + d, dim - d));
 }
 
-// turned[pair of elements][32 positions][2] of the positions from `first` on.
+// turned[pair of elements][32 positions][2] of the positions from `first` on, while the next are
+// fetched.
 inline void turn_keys(const Keys<BFloat16>& keys, int64_t first, uint16_t* turned) {
   for (int64_t d = 0; d < keys.dim; d += kDepth) {
     const __mmask32 some = some_words(keys.dim - d);
     for (int64_t half = 0; half < 2; ++half) {
       __m512i x[kSide];
 #pragma GCC unroll 16
-      for (int64_t i = 0; i < kSide; ++i)
-        x[i] = _mm512_maskz_loadu_epi16(some, keys.key(first + half * kSide + i) + d);
+      for (int64_t i = 0; i < kSide; ++i) {
+        const int64_t at = first + half * kSide + i;
+        fetch_line<kDepth>(keys.key(at + kDepth) + d);
+        x[i] = _mm512_maskz_loadu_epi16(some, keys.key(at) + d);
+      }
       turn_words(x);
 #pragma GCC unroll 16
       for (int64_t i = 0; i < kSide; ++i)
@@ -86,41 +87,50 @@ inline float soften_pairs(float* scores, int64_t first, int64_t last, const Posi
   return maximum;
 }
 
-// values[query][16 V] (+)= those of the steps [first, last) from element `d` on, weighted, of Q
-// queries; sums of the weights.
+// One step of weighing: which, of which steps, of which element on.
+struct Weighing {
+  int64_t step, first, last, d;
+
+  bool begins() const { return step == first; }
+  bool ends() const { return step + 1 == last; }
+};
+
+// values[query][width] from element `d` on, 16 V of them, and sums of the weights, (+)= those of a
+// step, weighted, of Q queries. Meanwhile the next step's are fetched.
 template <int Q, int V>
-void weigh_pairs(const uint16_t* weights, const Keys<BFloat16>& keys, int64_t first, int64_t last,
-                 int64_t d, float* values, int64_t width, float* sums) {
-  const __m512i ones = _mm512_set1_epi16(0x3f80);
+void weigh_pairs(const uint16_t* weights, const Keys<BFloat16>& keys, const Weighing& at,
+                 float* values, int64_t width, float* sums) {
   Vec total[Q][V], all[Q];
 #pragma GCC unroll 4
   for (int q = 0; q < Q; ++q) {
-    all[q] = zero();
+    all[q] = at.begins() ? zero() : fill(sums[q]);
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) total[q][v] = zero();
+    for (int v = 0; v < V; ++v)
+      total[q][v] = at.begins() ? zero() : load(values + q * width + at.d + v * kLanes);
   }
-  const int64_t left = keys.dim - d;
+  const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
+  const int64_t left = keys.dim - at.d;
   const __mmask32 some[2] = {some_words(left), some_words(std::max<int64_t>(0, left - kDepth))};
-  for (int64_t step = first; step < last; ++step) {
-    for (int64_t i = 0; i < kSide; ++i) {
-      const int64_t near = step * kDepth + i, far = near + kSide;
-      __m512bh x[V];
+  for (int64_t i = 0; i < kSide; ++i) {
+    const int64_t near = at.step * kDepth + i, far = near + kSide;
+    fetch_line<V * kLanes>(keys.value(near + kDepth) + at.d);
+    fetch_line<V * kLanes>(keys.value(far + kDepth) + at.d);
+    __m512bh x[V];
 #pragma GCC unroll 2
-      for (int v = 0; v < V; v += 2) {
-        const __mmask32 here = near < keys.count ? some[v / 2] : 0;
-        const __mmask32 there = far < keys.count ? some[v / 2] : 0;
-        const __m512i a = _mm512_maskz_loadu_epi16(here, keys.value(near) + d + v * kLanes);
-        const __m512i b = _mm512_maskz_loadu_epi16(there, keys.value(far) + d + v * kLanes);
-        x[v] = (__m512bh)_mm512_unpacklo_epi16(a, b);
-        x[v + 1] = (__m512bh)_mm512_unpackhi_epi16(a, b);
-      }
+    for (int v = 0; v < V; v += 2) {
+      const __mmask32 here = near < keys.count ? some[v / 2] : 0;
+      const __mmask32 there = far < keys.count ? some[v / 2] : 0;
+      const __m512i a = _mm512_maskz_loadu_epi16(here, keys.value(near) + at.d + v * kLanes);
+      const __m512i b = _mm512_maskz_loadu_epi16(there, keys.value(far) + at.d + v * kLanes);
+      x[v] = (__m512bh)_mm512_unpacklo_epi16(a, b);
+      x[v + 1] = (__m512bh)_mm512_unpackhi_epi16(a, b);
+    }
 #pragma GCC unroll 4
-      for (int q = 0; q < Q; ++q) {
-        const __m512bh weight = fill_pairs(weights + q * 2 * kPairWords + step * kDepth + 2 * i);
-        all[q] = _mm512_dpbf16_ps(all[q], weight, (__m512bh)ones);
+    for (int q = 0; q < Q; ++q) {
+      const __m512bh weight = fill_pairs(weights + q * kSpan + 2 * i);
+      all[q] = _mm512_dpbf16_ps(all[q], weight, ones);
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) total[q][v] = _mm512_dpbf16_ps(total[q][v], x[v], weight);
-      }
+      for (int v = 0; v < V; ++v) total[q][v] = _mm512_dpbf16_ps(total[q][v], x[v], weight);
     }
   }
   // Unpacking left elements 8 k + i of each 32 in the low vector, 8 k + 4 + i in the high one.
@@ -131,20 +141,26 @@ void weigh_pairs(const uint16_t* weights, const Keys<BFloat16>& keys, int64_t fi
     sums[q] = _mm512_cvtss_f32(all[q]);
 #pragma GCC unroll 2
     for (int v = 0; v < V; v += 2) {
-      float* to = values + q * width + d + v * kLanes;
-      store(to, _mm512_permutex2var_ps(total[q][v], low, total[q][v + 1]));
-      store(to + kLanes, _mm512_permutex2var_ps(total[q][v], high, total[q][v + 1]));
+      const Vec a = total[q][v], b = total[q][v + 1];
+      float* to = values + q * width + at.d + v * kLanes;
+      store(to, at.ends() ? _mm512_permutex2var_ps(a, low, b) : a);
+      store(to + kLanes, at.ends() ? _mm512_permutex2var_ps(a, high, b) : b);
     }
   }
 }
 
 template <int Q>
-void weigh_all_pairs(const uint16_t* weights, const Keys<BFloat16>& keys, int64_t first,
-                     int64_t last, float* values, int64_t width, float* sums) {
-  int64_t d = 0;
-  for (; d + 2 * kDepth <= width; d += 2 * kDepth)
-    weigh_pairs<Q, 4>(weights, keys, first, last, d, values, width, sums);
-  if (d < width) weigh_pairs<Q, 2>(weights, keys, first, last, d, values, width, sums);
+void weigh_rows(const uint16_t* weights, const Keys<BFloat16>& keys, Weighing at, float* values,
+                int64_t width, float* sums) {
+  float before[Q];
+  std::copy(sums, sums + Q, before);
+  for (; at.d + 2 * kDepth <= width; at.d += 2 * kDepth) {
+    std::copy(before, before + Q, sums);  // each part of the elements makes the same sums
+    weigh_pairs<Q, 4>(weights, keys, at, values, width, sums);
+  }
+  if (at.d == width) return;
+  std::copy(before, before + Q, sums);
+  weigh_pairs<Q, 2>(weights, keys, at, values, width, sums);
 }
 
 // Calls body(first query, how many) for groups of 3 or single ones.
@@ -155,29 +171,40 @@ void by_threes(int64_t queries, const Body& body) {
   for (; i < queries; ++i) body(i, std::integral_constant<int, 1>());
 }
 
-// What a span says about the queries of a head: Partial with rows of `width`.
+// What a span says about the queries of some heads: for each, `apart` floats from the one before, a
+// Partial with rows of `width`. Keys, then values, of all heads are read in one sweep.
 inline void attend_pairs(const uint16_t* query, int64_t queries, const Keys<BFloat16>& keys,
-                         const Seen& seen, float* to) {
+                         int64_t heads, const Seen& seen, float* to, int64_t apart) {
   const int64_t width = steps_of(keys.dim) * kDepth;
   const int64_t first = seen.begin(0) / kDepth, last = ceil_div(seen.end(queries - 1), kDepth);
-  float* scores = scratch<kScores>(kFewQueries * kSpan);
-  auto* weights = scratch<kWeights, uint16_t>(kFewQueries * 2 * kPairWords);
+  float* scores = scratch<kScores>(heads * queries * kSpan);
+  auto* weights = scratch<kWeights, uint16_t>(heads * queries * kSpan);
   auto* turned = scratch<kTurned, uint16_t>(width * kDepth);
   for (int64_t step = first; step < last; ++step) {
-    turn_keys(keys, step * kDepth, turned);
-    by_threes(queries, [&](int64_t i, auto some) {
-      score_turned_pairs<some>(query + i * width, width, turned,
-                               scores + i * kSpan + step * kDepth);
-    });
+    for (int64_t h = 0; h < heads; ++h) {
+      turn_keys(keys.behind(h), step * kDepth, turned);
+      by_threes(queries, [&](int64_t i, auto some) {
+        score_turned_pairs<some>(query + (h * queries + i) * width, width, turned,
+                                 scores + (h * queries + i) * kSpan + step * kDepth);
+      });
+    }
   }
-  const Partial out(to, queries);
-  for (int64_t i = 0; i < queries; ++i)
-    out.maximum[i] = soften_pairs(scores + i * kSpan, first, last, {seen.begin(i), seen.end(i)},
-                                  weights + i * 2 * kPairWords);
-  by_threes(queries, [&](int64_t i, auto some) {
-    weigh_all_pairs<some>(weights + i * 2 * kPairWords, keys, first, last,
-                          out.values + i * width, width, out.sum + i);
-  });
+  for (int64_t h = 0; h < heads; ++h) {
+    const Partial out(to + h * apart, queries);
+    for (int64_t i = 0; i < queries; ++i)
+      out.maximum[i] =
+          soften_pairs(scores + (h * queries + i) * kSpan, first, last,
+                       {seen.begin(i), seen.end(i)}, weights + (h * queries + i) * kSpan);
+  }
+  for (int64_t step = first; step < last; ++step) {
+    for (int64_t h = 0; h < heads; ++h) {
+      const Partial out(to + h * apart, queries);
+      by_threes(queries, [&](int64_t i, auto some) {
+        weigh_rows<some>(weights + (h * queries + i) * kSpan + step * kDepth, keys.behind(h),
+                         {step, first, last, 0}, out.values + i * width, width, out.sum + i);
+      });
+    }
+  }
 }
 
 #endif

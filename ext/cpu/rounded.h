@@ -92,9 +92,7 @@ struct Rounded {
     const Keys<BFloat16> keys = a.keys(piece.reach, piece.heads.first, piece.span);
     const Seen seen = a.seen(piece.reach, piece.span);
     const auto* rows = reinterpret_cast<const uint16_t*>(query);
-    for (int64_t h = 0; h < piece.heads.count; ++h)
-      attend_pairs(rows + h * queries * width(), queries, keys.behind(h), seen,
-                   out + h * floats(queries));
+    attend_pairs(rows, queries, keys, piece.heads.count, seen, out, floats(queries));
   }
 
   void write_few(const Reach& reach, int64_t head, const Partial& state) const {

@@ -15,7 +15,7 @@ namespace blockllm {
 
 constexpr int64_t kSpan = 128;
 // How many positions ahead memory is fetched at most.
-constexpr int64_t kAheadMost = 16;
+constexpr int64_t kAheadMost = 32;
 
 // What a span (or all spans so far) says about each query: the largest score, the sum of
 // exp(score - maximum) and the values weighted so.
