@@ -1,7 +1,7 @@
 """What this machine can do at most: memory read and float32 multiply-adds, all cores together.
 
-Each is the best of several ways to get there: the probes of `bench/limits.cpp`, and torch, whose
-matrix product uses wider registers where there are any. A float32 activation times a bfloat16
+Each is the best of several ways to get there: the probes of `bench/limits.cpp`, and torch, which
+has more kinds of products. A float32 activation times a bfloat16
 weight is, without loss, three products of bfloat16, so where a machine multiplies those more than
 three times as fast (AMX), a third of that rate is its limit.
 """
@@ -35,7 +35,8 @@ def measure() -> Limits:
     found = [_by_torch()]
     with contextlib.suppress(Unavailable):
         probed = limits(CpuOps(cores()), time.perf_counter)
-        found.append(Limits(1e9 * probed.read_gb_s, 1e9 * probed.gflop_s))
+        rates = (probed.read_gb_s, probed.gflop_s, probed.rounded_gflop_s)
+        found.append(Limits(*(1e9 * rate for rate in rates)))
     return best(found)
 
 

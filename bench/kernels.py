@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.machine import Busy, commit, this_machine
+from ext.build import ISA_FLAGS, Isa
 from ext.cpu import CpuOps
 from ext.ops import Attention, Cache, Geometry, Linear, Norm, Ops, Place
 
@@ -38,11 +39,13 @@ WIDTH, KV_WIDTH, INNER, LAYERS, VOCABULARY, HEAD = 576, 192, 1536, 30, 49152, 64
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """What the machine can do with the given number of threads."""
+    """What the machine can do with the given number of threads; `rounded_gflop_s` with vectors of
+    bfloat16, 0 where it has no products of them."""
 
     threads: int
     read_gb_s: float
     gflop_s: float
+    rounded_gflop_s: float = 0.0
 
 
 class Speed(msgspec.Struct, frozen=True):
@@ -99,16 +102,19 @@ def in_turns(clock: Clock, *bodies: Callable[[], object]) -> list[float]:
 
 
 @contextmanager
-def probes() -> Iterator[ctypes.CDLL]:
+def probes(isa: Isa) -> Iterator[ctypes.CDLL]:
     """bench/limits.cpp, compiled for this run."""
     source = Path(__file__).with_name("limits.cpp")
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "limits.so"
-        flags = ["-O2", "-mavx2", "-mfma", "-shared", "-fPIC"]
+        flags = ["-O2", "-std=c++17", *ISA_FLAGS[isa], "-shared", "-fPIC"]
         subprocess.run(["g++", *flags, str(source), "-o", str(target)], check=True)
         native = ctypes.CDLL(str(target))
         native.limits_read.argtypes = (ctypes.c_void_p, ctypes.c_int64)
+        native.limits_operations.restype = ctypes.c_int64
         native.limits_multiply_add.argtypes = (ctypes.c_int64,)
+        native.limits_dots.argtypes = (ctypes.c_int64,)
+        native.limits_dots.restype = ctypes.c_bool
         yield native
 
 
@@ -125,10 +131,14 @@ def limits(ops: CpuOps, clock: Clock) -> Limits:
 
         return max(sum(pool.map(timed, range(threads))) for _ in range(8)) / 1e9
 
-    with probes() as native, ThreadPoolExecutor(threads) as pool:
+    with probes(ops.isa) as native, ThreadPoolExecutor(threads) as pool:
         read = rate(pool, lambda i: native.limits_read(buffers[i].data_ptr(), size), size)
-        fused = rate(pool, lambda _: native.limits_multiply_add(rounds), rounds * 12 * 16)
-    return Limits(threads, read, fused)
+        work = rounds * native.limits_operations()
+        fused = rate(pool, lambda _: native.limits_multiply_add(rounds), work)
+        dots = 0.0
+        if native.limits_dots(1):
+            dots = rate(pool, lambda _: native.limits_dots(rounds), 2 * work)
+    return Limits(threads, read, fused, dots)
 
 
 def speed(ops: CpuOps, limit: Limits, clock: Clock, shape: tuple[int, int], rows: int) -> Speed:
@@ -239,8 +249,10 @@ def decode(model: Model, limit: Limits, clock: Clock, rows: int, context: int = 
 def text(result: Limits | Speed | Step) -> str:
     """A result as a line of the table."""
     match result:
-        case Limits(threads, read, fused):
-            return f"limits, {threads} threads: read {read:.1f} GB/s, multiply {fused:.0f} GFLOP/s"
+        case Limits(threads, read, fused, dots):
+            rounded = f", bfloat16 {dots:.0f}" if dots else ""
+            rates = f"multiply {fused:.0f} GFLOP/s{rounded}"
+            return f"limits, {threads} threads: read {read:.1f} GB/s, {rates}"
         case Speed():
             shape = f"{result.inputs} x {result.outputs}, {result.rows} rows"
             return (

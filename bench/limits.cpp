@@ -1,4 +1,5 @@
-// What the machine can do at most, on one thread: bytes read and float32 multiply-adds per call.
+// What the machine can do at most, on one thread: bytes read, and products of float32 or
+// bfloat16 summed in float32, per call.
 // bench/kernels.py compiles this, calls it from as many threads as it measures with, and times it.
 #include <immintrin.h>
 
@@ -19,15 +20,51 @@ extern "C" int64_t limits_read(const char* from, int64_t bytes) {
   return _mm256_extract_epi64(all, 0);
 }
 
-// 12 x 8 independent multiply-adds per round, all in registers.
-extern "C" float limits_multiply_add(int64_t rounds) {
-  __m256 sums[12];
-  for (int i = 0; i < 12; ++i) sums[i] = _mm256_set1_ps(static_cast<float>(i));
-  const __m256 factor = _mm256_set1_ps(0.999f), term = _mm256_set1_ps(1e-3f);
+#if defined(__AVX512F__)
+constexpr int kSums = 24;
+using Vec = __m512;
+static Vec fill(float x) { return _mm512_set1_ps(x); }
+static Vec fused(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+static float first(Vec a) { return _mm512_cvtss_f32(a); }
+#else
+constexpr int kSums = 12;
+using Vec = __m256;
+static Vec fill(float x) { return _mm256_set1_ps(x); }
+static Vec fused(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+static float first(Vec a) { return _mm256_cvtss_f32(a); }
+#endif
+
+// Repeats a step upon independent sums, all in registers.
+template <class Step>
+static float repeat(int64_t rounds, const Step& step) {
+  Vec sums[kSums];
+  for (int i = 0; i < kSums; ++i) sums[i] = fill(static_cast<float>(i));
   for (int64_t round = 0; round < rounds; ++round) {
-#pragma GCC unroll 12
-    for (int i = 0; i < 12; ++i) sums[i] = _mm256_fmadd_ps(sums[i], factor, term);
+#pragma GCC unroll 24
+    for (int i = 0; i < kSums; ++i) sums[i] = step(sums[i]);
   }
-  for (int i = 1; i < 12; ++i) sums[0] = _mm256_add_ps(sums[0], sums[i]);
-  return _mm256_cvtss_f32(sums[0]);
+  for (int i = 1; i < kSums; ++i) sums[0] = add(sums[0], sums[i]);
+  return first(sums[0]);
+}
+
+// Multiply-adds of float32; a round has `limits_operations` of them, two for each lane.
+extern "C" float limits_multiply_add(int64_t rounds) {
+  const Vec factor = fill(0.999f), term = fill(1e-3f);
+  return repeat(rounds, [&](Vec sum) { return fused(sum, factor, term); });
+}
+
+extern "C" int64_t limits_operations() { return kSums * sizeof(Vec) / sizeof(float) * 2; }
+
+// The same of pairs of bfloat16s, twice as many; returns false where there are none.
+extern "C" bool limits_dots(int64_t rounds) {
+#if defined(__AVX512BF16__)
+  const __m512bh pairs = (__m512bh)_mm512_set1_epi32(0x3c003c00);
+  volatile float kept = repeat(rounds, [&](Vec sum) { return _mm512_dpbf16_ps(sum, pairs, pairs); });
+  (void)kept;
+  return true;
+#else
+  return rounds < 0;
+#endif
 }

@@ -62,6 +62,7 @@ class CpuOps:
     device = torch.device("cpu")
 
     def __init__(self, threads: int = 0, isa: Isa | str = "auto", rounding: bool = False) -> None:
+        self.isa: Isa
         self.isa, self._native = native.load(isa)
         keep_freed()
         self.rounding = rounding
