@@ -39,7 +39,7 @@ void append(Pool* pool, const Way& way) {
 
 // Attends heads [first, last) of one block, span by span.
 template <class Way>
-void attend_block(const Way& way, int64_t block, int64_t first, int64_t last) {
+void attend_block(const Way& way, int64_t block, int64_t first, int64_t last, int64_t then = -1) {
   const Reach reach = way.a.reach(block);
   const int64_t queries = way.a.queries_of(reach);
   const int64_t ready = way.query_floats(queries), floats = way.floats(queries);
@@ -48,7 +48,7 @@ void attend_block(const Way& way, int64_t block, int64_t first, int64_t last) {
   for (int64_t head = first; head < last; ++head)
     way.prepare(reach, head, query + (head - first) * ready);
   for (int64_t i = reach.span_begin; i < reach.span_end; ++i) {
-    const Piece piece{reach, {first, last - first}, i};
+    const Piece piece{reach, {first, last - first}, i, then};
     i == reach.span_begin ? way.attend(piece, query, states) : way.go_on(piece, query, states);
   }
   for (int64_t head = first; head < last; ++head)
@@ -101,7 +101,8 @@ void attend(Pool* pool, const Way& way) {
   const int64_t heads = way.a.call.kv_heads, enough = kTasksPerThread * pool->threads();
   if (plan.blocks >= enough || pool->threads() == 1) {
     return pool->run(plan.blocks, [&](int64_t task) {
-      attend_block(way, plan.blocks - 1 - task, 0, heads);
+      const int64_t block = plan.blocks - 1 - task;
+      attend_block(way, block, 0, heads, block - 1);
     });
   }
   int64_t spans = 1;

@@ -20,6 +20,7 @@ struct Piece {
   const Reach& reach;
   Rows heads;
   int64_t span;
+  int64_t then = -1;  // the block whose keys are read behind the last span, if any
 };
 
 template <class T>
@@ -58,23 +59,44 @@ struct Attention {
   int64_t place(const Reach& r, int64_t head, int64_t query) const {
     return (row_of(r, query) * call.heads + head * group + query % group) * call.dim;
   }
+
   // The keys of a span, as many as the last row of a block sees: the others see no more.
   Keys<T> keys(const Reach& r, int64_t head, int64_t span) const {
-    const int64_t begin = span * kSpan, left = position(r.last - 1) + 1 - begin;
-    const int64_t known = std::min(kSpan + kAheadMost, left);
-    const int32_t* of = pages(r.first);
-    auto** at = scratch<kKeys, const Element*>(kSpan + kAheadMost);
-    int64_t done = 0;
-    while (done < known) {  // page by page
-      const Element* next = key(of, begin + done, head);
-      const int64_t end = std::min(known, done + call.page - (begin + done) % call.page);
-      for (; done < end; ++done) {
-        at[done] = next;
-        next += call.kv_heads * call.dim;
-      }
+    auto** at = scratch<kKeys, const Element*>(kSpan);
+    const int64_t count = find_keys(r, head, span, kSpan, at);
+    std::fill(at + count, at + kSpan, at[count - 1]);
+    return {at, count, call.dim, page_size()};
+  }
+
+  // The same of a piece whose heads are swept over: what will be read is fetched so far ahead. It
+  // reads keys, then values, then the keys of the next span, or block.
+  Keys<T> sweep(const Piece& piece, const Ahead& ahead) const {
+    Keys<T> keys = this->keys(piece.reach, piece.heads.first, piece.span);
+    auto** next = scratch<kNextKeys, const Element*>(kSpan);
+    int64_t known = 0;
+    if (piece.span + 1 < piece.reach.span_end) {
+      known = find_keys(piece.reach, piece.heads.first, piece.span + 1, ahead.values, next);
+    } else if (piece.then >= 0) {
+      const Reach then = reach(piece.then);
+      known = find_keys(then, piece.heads.first, then.span_begin, ahead.values, next);
     }
-    for (; done < kSpan + kAheadMost; ++done) at[done] = at[known - 1];
-    return {at, std::min(kSpan, left), call.dim, page_size()};
+    const int64_t count = keys.count;
+    const int64_t read = std::min(kSpan, ceil_div(count, kReadAtOnce) * kReadAtOnce);
+    auto** at_key = scratch<kSoon, const Element*>(2 * kSpan);
+    auto** at_value = at_key + kSpan;
+    int64_t j = 0;
+    for (; j < count - ahead.keys; ++j) at_key[j] = keys.at[j + ahead.keys];
+    for (; j < read; ++j)
+      at_key[j] = keys.at[std::min(j + ahead.keys - count, kSpan - 1)] + page_size();
+    for (j = 0; j < count - ahead.values; ++j)
+      at_value[j] = keys.at[j + ahead.values] + page_size();
+    for (; j < read; ++j) {
+      const int64_t behind = j + ahead.values - count;
+      at_value[j] = behind < known ? next[behind] : keys.at[j];
+    }
+    keys.soon_at_key = at_key;
+    keys.soon_at_value = at_value;
+    return keys;
   }
 
   // What a block's queries see of a span.
@@ -107,6 +129,23 @@ struct Attention {
       T::write(ready, dim, to);
       T::write(call.v + at, dim, to + page_size());
     }
+  }
+
+ private:
+  // The first keys of a span that the last row of a block sees, at most so many; how many.
+  int64_t find_keys(const Reach& r, int64_t head, int64_t span, int64_t most,
+                    const Element** at) const {
+    const int64_t begin = span * kSpan, count = std::min(most, position(r.last - 1) + 1 - begin);
+    const int32_t* of = pages(r.first);
+    for (int64_t done = 0; done < count;) {  // page by page
+      const Element* next = key(of, begin + done, head);
+      const int64_t end = std::min(count, done + call.page - (begin + done) % call.page);
+      for (; done < end; ++done) {
+        at[done] = next;
+        next += call.kv_heads * call.dim;
+      }
+    }
+    return count;
   }
 };
 

@@ -51,7 +51,7 @@ struct Exact {
  private:
   void attend_few(const Piece& piece, const float* query, float* to) const {
     const int64_t queries = a.queries_of(piece.reach), heads = piece.heads.count;
-    const Keys<T> keys = a.keys(piece.reach, piece.heads.first, piece.span);
+    const Keys<T> keys = a.sweep(piece, kSweepAhead);
     const Seen seen = a.seen(piece.reach, piece.span);
     const int64_t first = seen.begin(0) / kWeighed * kWeighed;
     float* scores = scratch<kScores>(heads * queries * kSpan);

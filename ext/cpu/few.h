@@ -13,6 +13,7 @@ namespace blockllm {
 
 // Below so many queries a stripe takes longer; AMX is done with one before this has begun.
 constexpr int64_t kFewQueries = kExactInTiles ? 0 : 12;
+constexpr Ahead kPairsAhead{32, 32};
 
 // rows[query][width] of bfloat16, zeros behind `dim`.
 inline void round_rows(const float* queries, int64_t count, int64_t dim, uint16_t* rows) {
@@ -32,7 +33,7 @@ inline void turn_keys(const Keys<BFloat16>& keys, int64_t first, uint16_t* turne
 #pragma GCC unroll 16
       for (int64_t i = 0; i < kSide; ++i) {
         const int64_t at = first + half * kSide + i;
-        fetch_line<kDepth>(keys.key(at + kDepth) + d);
+        fetch_line<kDepth>(keys.soon_key(at) + d);
         x[i] = _mm512_maskz_loadu_epi16(some, keys.key(at) + d);
       }
       turn_words(x);
@@ -113,8 +114,8 @@ void weigh_pairs(const uint16_t* weights, const Keys<BFloat16>& keys, const Weig
   const __mmask32 some[2] = {some_words(left), some_words(std::max<int64_t>(0, left - kDepth))};
   for (int64_t i = 0; i < kSide; ++i) {
     const int64_t near = at.step * kDepth + i, far = near + kSide;
-    fetch_line<V * kLanes>(keys.value(near + kDepth) + at.d);
-    fetch_line<V * kLanes>(keys.value(far + kDepth) + at.d);
+    fetch_line<V * kLanes>(keys.soon_value(near) + at.d);
+    fetch_line<V * kLanes>(keys.soon_value(far) + at.d);
     __m512bh x[V];
 #pragma GCC unroll 2
     for (int v = 0; v < V; v += 2) {

@@ -89,7 +89,7 @@ struct Rounded {
  private:
   void attend_few(const Piece& piece, const float* query, float* out) const {
     const int64_t queries = a.queries_of(piece.reach);
-    const Keys<BFloat16> keys = a.keys(piece.reach, piece.heads.first, piece.span);
+    const Keys<BFloat16> keys = a.sweep(piece, kPairsAhead);
     const Seen seen = a.seen(piece.reach, piece.span);
     const auto* rows = reinterpret_cast<const uint16_t*>(query);
     attend_pairs(rows, queries, keys, piece.heads.count, seen, out, floats(queries));

@@ -28,6 +28,8 @@ enum Use {
   // attention
   kQueries,
   kKeys,
+  kNextKeys,
+  kSoon,
   kHead,
   kTurned,
   kKeyTiles,

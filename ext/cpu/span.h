@@ -14,8 +14,12 @@
 namespace blockllm {
 
 constexpr int64_t kSpan = 128;
-// How many positions ahead memory is fetched at most.
-constexpr int64_t kAheadMost = 32;
+// A sweep reads up to so many positions at once, behind the last as if it were many.
+constexpr int64_t kReadAtOnce = 32;
+// How many positions ahead it fetches.
+struct Ahead {
+  int64_t keys, values;
+};
 
 // What a span (or all spans so far) says about each query: the largest score, the sum of
 // exp(score - maximum) and the values weighted so.
@@ -45,15 +49,24 @@ template <class T>
 struct Keys {
   using Element = typename T::Element;
 
-  // Readable up to kSpan + kAheadMost: of the next span, else the last again.
+  // Readable up to kSpan: behind `count` the last again.
   const Element* const* at;
   int64_t count, dim, value_offset;
   int64_t shift = 0;  // from `at` to the keys of the head
+  // What a sweep fetches as it reads the key, or the value, of a position.
+  const Element* const* soon_at_key = nullptr;
+  const Element* const* soon_at_value = nullptr;
 
   const Element* key(int64_t j) const { return at[j] + shift; }
   const Element* value(int64_t j) const { return key(j) + value_offset; }
   // Those of the head that lies so many heads behind.
-  Keys behind(int64_t heads) const { return {at, count, dim, value_offset, shift + heads * dim}; }
+  Keys behind(int64_t heads) const {
+    Keys keys = *this;
+    keys.shift += heads * dim;
+    return keys;
+  }
+  const Element* soon_key(int64_t j) const { return soon_at_key[j] + shift; }
+  const Element* soon_value(int64_t j) const { return soon_at_value[j] + shift; }
 };
 
 // Brings into the caches `bytes` from each key on, and from its value, ahead of their use. Pages
@@ -106,8 +119,8 @@ struct Positions {
 };
 
 // values[q][0 .. D vectors) (+)= the sum over positions of weight times value, from element `d` on.
-// Where AHEAD is not 0, the values of so many positions further on are fetched.
-template <class T, int AHEAD, int Q, int D>
+// What a sweep wants is fetched.
+template <class T, bool SWEEPS, int Q, int D>
 void weigh_tile(const float* weights, const Keys<T>& keys, Positions seen, int64_t d, bool anew,
                 float* out) {
   Vec total[Q][D];
@@ -118,7 +131,7 @@ void weigh_tile(const float* weights, const Keys<T>& keys, Positions seen, int64
       total[q][i] = anew ? zero() : load(out + q * keys.dim + d + i * kLanes);
   for (int64_t j = seen.first; j < seen.last; ++j) {
     const auto* value = keys.value(j) + d;
-    if constexpr (AHEAD > 0) fetch_line<D * kLanes>(keys.value(j + AHEAD) + d);
+    if constexpr (SWEEPS) fetch_line<D * kLanes>(keys.soon_value(j) + d);
     const auto element = [&](int i) { return T::row(value + i * kLanes); };
     const auto weight = [&](int q) { return fill(weights[q * kSpan + j]); };
     constexpr int kHeld = std::min(Q, D);  // the fewer of both stay in registers
@@ -147,15 +160,15 @@ void weigh_tile(const float* weights, const Keys<T>& keys, Positions seen, int64
     for (int i = 0; i < D; ++i) store(out + q * keys.dim + d + i * kLanes, total[q][i]);
 }
 
-template <class T, int AHEAD, int Q>
+template <class T, bool SWEEPS, int Q>
 void weigh_queries(const float* weights, const Keys<T>& keys, Positions seen, bool anew,
                    float* out) {
   constexpr int kWide = kLanes == 8 && Q > 3 ? 2 : 4;  // as many sums as registers hold
   int64_t d = 0;
   for (; d + kWide * kLanes <= keys.dim; d += kWide * kLanes)
-    weigh_tile<T, AHEAD, Q, kWide>(weights, keys, seen, d, anew, out);
+    weigh_tile<T, SWEEPS, Q, kWide>(weights, keys, seen, d, anew, out);
   for (; d + kLanes <= keys.dim; d += kLanes)
-    weigh_tile<T, AHEAD, Q, 1>(weights, keys, seen, d, anew, out);
+    weigh_tile<T, SWEEPS, Q, 1>(weights, keys, seen, d, anew, out);
   for (; d < keys.dim; ++d) {
     for (int q = 0; q < Q; ++q) {
       float total = anew ? 0 : out[q * keys.dim + d];
@@ -175,22 +188,22 @@ struct Sweep {
 };
 
 // The values that Q queries from the i-th on see, weighted, into out [queries, dim].
-template <class T, int AHEAD, int Q>
+template <class T, bool SWEEPS, int Q>
 void weigh_seen(const float* weights, const Keys<T>& keys, const Sweep& sweep, int64_t i,
                 float* out) {
   const Positions positions{std::max(sweep.some.first, sweep.seen.begin(i)),
                             std::min(sweep.some.last, sweep.seen.end(i + Q - 1))};
-  weigh_queries<T, AHEAD, Q>(weights + i * kSpan, keys, positions, sweep.anew, out + i * keys.dim);
+  weigh_queries<T, SWEEPS, Q>(weights + i * kSpan, keys, positions, sweep.anew, out + i * keys.dim);
 }
 
 // out [queries, dim]: the values weighted.
-template <class T, int AHEAD = 0>
+template <class T, bool SWEEPS = false>
 void weigh(const float* weights, int64_t queries, const Keys<T>& keys, const Sweep& sweep,
            float* out) {
   int64_t i = 0;
-  for (; i + 6 <= queries; i += 6) weigh_seen<T, AHEAD, 6>(weights, keys, sweep, i, out);
-  for (; i + 3 <= queries; i += 3) weigh_seen<T, AHEAD, 3>(weights, keys, sweep, i, out);
-  for (; i < queries; ++i) weigh_seen<T, AHEAD, 1>(weights, keys, sweep, i, out);
+  for (; i + 6 <= queries; i += 6) weigh_seen<T, SWEEPS, 6>(weights, keys, sweep, i, out);
+  for (; i + 3 <= queries; i += 3) weigh_seen<T, SWEEPS, 3>(weights, keys, sweep, i, out);
+  for (; i < queries; ++i) weigh_seen<T, SWEEPS, 1>(weights, keys, sweep, i, out);
 }
 
 // Folds the next span into the state of those before it. A span that a query does not see leaves

@@ -6,10 +6,9 @@
 
 namespace blockllm {
 
-// Positions that are scored, and weighed, at a time, and how far ahead they are fetched.
+// Positions that are scored, and weighed, at a time, and how far ahead is fetched.
 constexpr int64_t kScored = 4, kWeighed = 16;
-constexpr int kScoreAhead = 12, kWeighAhead = 8;
-static_assert(kScoreAhead <= kAheadMost && kWeighAhead <= kAheadMost);
+constexpr Ahead kSweepAhead{12, 8};
 
 // What the elements [first, dim) of a tile add to its scores.
 template <class T>
@@ -29,7 +28,7 @@ void score_tile(const float* query, const Keys<T>& keys, int64_t first, float* s
 #pragma GCC unroll 4
   for (int j = 0; j < kScored; ++j) {
     at[j] = keys.key(first + j);
-    soon[j] = keys.key(first + j + kScoreAhead);
+    soon[j] = keys.soon_key(first + j);
   }
   Vec total[Q][kScored];
 #pragma GCC unroll 3
@@ -83,7 +82,7 @@ void weigh_heads(const float* weights, int64_t queries, const Keys<T>& keys, int
   for (int64_t j = first; j < keys.count; j += kWeighed) {
     const Positions some{j, std::min(j + kWeighed, keys.count)};
     for (int64_t h = 0; h < heads; ++h)
-      weigh<T, kWeighAhead>(weights + h * queries * kSpan, queries, keys.behind(h),
+      weigh<T, true>(weights + h * queries * kSpan, queries, keys.behind(h),
                             {seen, some, j == first}, out + h * apart);
   }
 }
