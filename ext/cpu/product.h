@@ -24,9 +24,10 @@ struct Cut {
 constexpr int64_t kRunSteps = 10;
 
 // sums[panel][row][kPanel] = rows times some panels, of which there are several only for one group.
-template <int PIECES>
+// It takes several turns, in each of which the lines of later(turn, turns) are fetched.
+template <int PIECES, class Later>
 void multiply_tile_panels(const Cut& rows, const uint16_t* weights, int64_t panels, int64_t steps,
-                          float* sums) {
+                          float* sums, const Later& later) {
   const int64_t groups = rows.groups.count, height = rows.groups.height;
   const int64_t apart = height * PIECES * steps * kDepth;  // from group to group
   const int64_t turns = ceil_div(groups, kGroupsAtOnce);
@@ -42,14 +43,17 @@ void multiply_tile_panels(const Cut& rows, const uint16_t* weights, int64_t pane
       const uint16_t* first = rows.pieces + g * apart + run.first * PIECES * height * kDepth;
       multiply_run<PIECES>({first, apart, height, from, run.count, panels, steps * kStepWeights,
                             sums + g * height * kPanel, rows.groups.room() * kPanel, i == 0, soon,
-                            lines},
+                            lines, later(i * turns + g / kGroupsAtOnce, runs * turns)},
                            std::min(kGroupsAtOnce, groups - g));
     }
   }
 }
 
-// sums[panel][row][kPanel] = rows times some panels of a matrix.
-inline void multiply_tiles(const Matrix& m, const Rows& panels, const Cut& rows, float* sums) {
+// sums[panel][row][kPanel] = rows times some panels of a matrix. While some
+// panels are multiplied, the lines of later(panels, turn, turns) are fetched in each turn.
+template <class Later>
+void multiply_tiles(const Matrix& m, const Rows& panels, const Cut& rows, float* sums,
+                    const Later& later) {
   const int64_t steps = steps_of(m.in), height = rows.groups.height;
   const auto* weights = static_cast<const uint16_t*>(m.data) + panels.first * steps * kStepWeights;
   const TileRegisters registers(height);
@@ -58,15 +62,19 @@ inline void multiply_tiles(const Matrix& m, const Rows& panels, const Cut& rows,
     const int64_t some = kGroupsAtOnce == 1 ? tile_panels(rows.groups.room(), left) : 1;
     const uint16_t* from = weights + at * steps * kStepWeights;
     float* to = sums + at * rows.groups.room() * kPanel;
-    rows.groups.pieces == 1 ? multiply_tile_panels<1>(rows, from, some, steps, to)
-                            : multiply_tile_panels<kExactPieces>(rows, from, some, steps, to);
+    const auto own = [&](int64_t turn, int64_t turns) {
+      return later(Rows{panels.first + at, some}, turn, turns);
+    };
+    rows.groups.pieces == 1 ? multiply_tile_panels<1>(rows, from, some, steps, to, own)
+                            : multiply_tile_panels<kExactPieces>(rows, from, some, steps, to, own);
     at += some;
   }
 }
 
 #else
 
-inline void multiply_tiles(const Matrix&, const Rows&, const Cut&, float*) {}
+template <class Later>
+void multiply_tiles(const Matrix&, const Rows&, const Cut&, float*, const Later&) {}
 
 #endif
 

@@ -65,6 +65,23 @@ inline Stream patch_piece(const LinearCall& linear, int64_t slot, const Rows& pa
   return piece_of(linear.patch->segments()[slot], panels, steps);
 }
 
+// The lines of the layer's patch that lie upon some panels: each turn has its share of the segments.
+inline Lines lines_of_patch(const LinearCall& linear, const Rows& panels, int64_t turn,
+                            int64_t turns) {
+  if (linear.patch == nullptr) return {};
+  int64_t count = 0;
+  const Segment* segments = linear.patch->segments();
+  for (int64_t s = turn; s < linear.patch->count; s += turns)
+    count += ceil_div(piece_of(segments[s], panels, 1).pace, 64);
+  auto** lines = scratch<kLines, const char*>(count);
+  count = 0;
+  for (int64_t s = turn; s < linear.patch->count; s += turns) {
+    const Stream piece = piece_of(segments[s], panels, 1);
+    for (int64_t at = 0; at < piece.pace; at += 64) lines[count++] = piece.at + at;
+  }
+  return {lines, count};
+}
+
 // Brings in the lines of one panel's results, which a large batch has pushed out of the caches: to
 // write a line is to read it first.
 inline void fetch_target(const LinearCall& linear, int64_t panel, const Rows& rows) {
@@ -183,7 +200,10 @@ inline void compute(const Projection& p, int64_t i, const Rows& panels, const Ch
   const LinearCall& linear = p.call.linears[i];
   const int64_t room = room_of(linear, chunk);
   if (in_tiles(linear)) {
-    multiply_tiles(*linear.matrix, panels, chunk.cut, sums);
+    multiply_tiles(*linear.matrix, panels, chunk.cut, sums,
+                   [&](const Rows& some, int64_t turn, int64_t turns) {
+                     return lines_of_patch(linear, some, turn, turns);
+                   });
   } else {
     multiply_panels(p, linear, panels, chunk, sums);
   }

@@ -12,6 +12,7 @@ enum Use {
   // tiles of a projection
   kSums,
   kTurnedCodes,
+  kLines,
   // rows of a projection
   kRow,
   kRows,

@@ -38,6 +38,12 @@ inline int64_t tile_place(int64_t c, int64_t k) {
          k % 2;
 }
 
+// Lines of memory to fetch.
+struct Lines {
+  const char* const* at = nullptr;
+  int64_t count = 0;
+};
+
 // What groups of rows in pieces, kGroupsAtOnce or the last one, do with a run of some panels (of
 // one, where there are several groups): sums (+)= pieces times weights.
 struct TileRun {
@@ -51,6 +57,7 @@ struct TileRun {
   bool begins;          // sums begin at zero
   const char* soon;     // memory to fetch meanwhile, `lines` of 64 bytes per piece
   int64_t lines;
+  Lines later;  // and these, spread over the run
 };
 
 // out[stripe][32][16] = two tiles of 16 rows, each times the tiles of one or two stripes, summed
