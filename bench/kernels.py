@@ -47,6 +47,11 @@ class Limits(msgspec.Struct, frozen=True):
     gflop_s: float
     rounded_gflop_s: float = 0.0
 
+    def products(self, ops: Ops) -> float:
+        """GFLOP/s of products as these kernels may make them."""
+        rounds = ops.dtype == "bfloat16"
+        return max(self.gflop_s, self.rounded_gflop_s) if rounds else self.gflop_s
+
 
 class Speed(msgspec.Struct, frozen=True):
     """One shape: seconds per call, and the shares of the limit that binds (reading the weights as
@@ -155,7 +160,7 @@ def speed(ops: CpuOps, limit: Limits, clock: Clock, shape: tuple[int, int], rows
         lambda: F.linear(x, theirs[next(turn) % len(theirs)]),
     )
     work, weight = 2e-9 * rows * inputs * outputs, 2e-9 * inputs * outputs
-    bound_s = max(work / limit.gflop_s, weight / limit.read_gb_s)
+    bound_s = max(work / limit.products(ops), weight / limit.read_gb_s)
     return Speed(
         inputs,
         outputs,
@@ -240,7 +245,9 @@ def decode(model: Model, limit: Limits, clock: Clock, rows: int, context: int = 
         model.step(place, cache, note)
         if not best or sum(parts.values()) < sum(best.values()):
             best = parts
-    products_s = rows * model.nbytes / 1e9 / limit.gflop_s  # two per weight, of two bytes
+    products_s = (
+        rows * model.nbytes / 1e9 / limit.products(model.ops)
+    )  # two per weight, of two bytes
     read_s = model.nbytes / 1e9 / limit.read_gb_s
     limit_s = max(products_s, read_s) + kv_bytes / 1e9 / limit.read_gb_s
     return Step(rows, sum(best.values()), limit_s, best)

@@ -8,8 +8,11 @@ import ctypes
 import mmap
 import threading
 import weakref
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import psutil
 from torch import Tensor
 
 _CHUNK = 32 << 20
@@ -17,6 +20,7 @@ _HUGE_PAGE = 2 << 20
 _POPULATE = 23  # MADV_POPULATE_WRITE of Linux 5.14
 _LINE = 64
 _LIBC = ctypes.CDLL(None)
+_RECLAIMABLE = ("inactive_file", "active_file", "slab_reclaimable")
 # mallopt's parameters in glibc's malloc.h: what is smaller than the one is no mapping of its own,
 # and so much of what was freed at the heap's end is kept.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -31,6 +35,28 @@ def keep_freed() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 32 << 20)
         mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+
+
+class HostMemory(NamedTuple):
+    """Bytes that this process and its siblings may have, and what is left of them."""
+
+    total: int
+    available: int
+
+
+def host_memory(group: Path = Path("/sys/fs/cgroup")) -> HostMemory:
+    """The machine's memory, or what a container may have of it (cgroup v2). Memory that holds
+    files, or what the kernel can rebuild, is left, too."""
+    memory = psutil.virtual_memory()
+    try:
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        kept = sum(int(stat[name]) for name in _RECLAIMABLE)
+    except (OSError, ValueError, KeyError):  # no container, or without a limit ("max")
+        return HostMemory(memory.total, memory.available)
+    left = max(0, limit - used + kept)
+    return HostMemory(min(memory.total, limit), min(memory.available, left))
 
 
 def reserve(nbytes: int) -> mmap.mmap:

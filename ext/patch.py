@@ -73,10 +73,10 @@ def _known_factors(segment: LoraSegment, matrix: CpuMatrix, packing: Packing) ->
         _check_factors(segment, factors, matrix, packing)
         return factors
     known: _Factors | None = segment.prepared.value
-    if known is None:
-        known = segment.prepared.value = _factors(segment, matrix, packing)
-    _check_factors(segment, known, matrix, packing)
-    return known
+    factors = known or _factors(segment, matrix, packing)
+    _check_factors(segment, factors, matrix, packing)
+    segment.prepared.value = factors
+    return factors
 
 
 def _factors(segment: LoraSegment, matrix: CpuMatrix, packing: Packing) -> _Factors:

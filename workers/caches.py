@@ -8,10 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ext.memory import commit
+from ext.memory import commit, host_memory
 from ext.ops import Cache, Ops
 from workers.chains import KvElement, KvShape
-from workers.gauge import host_memory
 from workers.memory import KvMemory
 from workers.pieces import Prefix
 from workers.prefix import Column

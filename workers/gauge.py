@@ -9,11 +9,12 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import torch
+
+from ext.memory import host_memory
 
 _log = logging.getLogger(__name__)
 _PERIOD_S = 1.0
@@ -62,27 +63,6 @@ def read_host() -> Reading:
         "memory_used_bytes": float(memory.total - memory.available),
         "memory_total_bytes": float(memory.total),
     }
-
-
-class HostMemory(NamedTuple):
-    """Bytes that this process and its siblings may have, and what is left of them."""
-
-    total: int
-    available: int
-
-
-def host_memory(group: Path = Path("/sys/fs/cgroup")) -> HostMemory:
-    """The machine's memory, or what a container may have of it. Memory that holds files which
-    nobody reads is left, too."""
-    memory = psutil.virtual_memory()
-    try:
-        limit = int((group / "memory.max").read_text())
-        used = int((group / "memory.current").read_text())
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        left = limit - used + int(stat["inactive_file"])
-    except (OSError, ValueError, KeyError):  # no container, or without a limit ("max")
-        return HostMemory(memory.total, memory.available)
-    return HostMemory(min(memory.total, limit), max(0, min(memory.available, left)))
 
 
 def _nvml_errors() -> tuple[type[BaseException], ...]:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, TypeVar
 
+from ext.memory import host_memory
 from ext.ops import Ops
 from ext.parking import Parking
 from workers.chains import UnservableChain
-from workers.gauge import host_memory
 from workers.wire import KvDtype, Precision
 from zoo.manifest import ObjectDigest
 

@@ -17,10 +17,11 @@ import torch
 import zmq
 
 from ext.build import Unavailable
+from ext.memory import host_memory
 from ext.select import require_cuda, select_ops
 from workers import wire
 from workers.budget import NoBudget, Shares, parked, share
-from workers.gauge import Gauge, host_memory
+from workers.gauge import Gauge
 from workers.worker import Worker
 from zoo.errors import ZooError
 from zoo.keeping.census import weigh

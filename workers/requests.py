@@ -120,11 +120,10 @@ class Requests:
             hits = self._find_hits(request)
             if hits is None:
                 continue
-            if not self._take_pages(request, hits):
-                hits = list[Hit]()  # where no page will become free, those that it could share must
-                if self.running or not self._take_pages(request, hits):
-                    return
-            self._plan_spans(request, hits)
+            taken = next(self._taken(request, hits), None)
+            if taken is None:
+                return
+            self._plan_spans(request, taken)
             self._announce(request)
             self.waiting.remove(request)
             self.running[request.id] = request
@@ -162,6 +161,17 @@ class Requests:
     def _is_all(self, request: Request, hits: list[Hit]) -> bool:
         """Whether so many columns are the whole prompt."""
         return len(hits) * self._memory.page == request.length
+
+    def _taken(self, request: Request, hits: list[Hit]) -> Iterator[list[Hit]]:
+        """The ways to take a request's pages that there is room for, taken as they are asked for:
+        with all its hits, which it holds; without that of which it shares nothing; with none, where
+        no other request will free a page."""
+        ways = [hits]
+        if self._is_all(request, hits):
+            ways.append(hits[:-1])
+        if hits and not self.running:
+            ways.append([])
+        return (some for some in ways if self._take_pages(request, some))
 
     def _take_pages(self, request: Request, hits: list[Hit]) -> bool:
         """Take every page the request can need and lay out its table, or leave all as it was."""

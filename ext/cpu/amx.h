@@ -52,22 +52,20 @@ void begin_sums(const TileRun& run, int64_t second) {
   }
 }
 
+// One group, or a pair of them.
 template <int PIECES, bool PAIR>
 void multiply_groups_of(const TileRun& run) {
   const int64_t second_sums = run.height * kPanel, tile = run.height * kDepth;
   begin_sums<PAIR>(run, second_sums);
   const uint16_t *first = run.rows, *second = run.rows + run.apart, *weights = run.weights;
-  const char* soon = run.soon;
-  const char* const *later = run.later.at, *const *end = later + run.later.count;
-  const int64_t pace = ceil_div(run.later.count, run.steps * PIECES);
+  Fetching<PIECES> fetching(run);
   for (int64_t step = 0; step < run.steps; ++step) {
     _tile_loadd(6, weights, 64);
     _tile_loadd(7, weights + kTileWeights, 64);
     weights += kStepWeights;
 #pragma GCC unroll 3
     for (int piece = 0; piece < PIECES; ++piece) {
-      for (int64_t line = 0; line < run.lines; ++line, soon += 64) _mm_prefetch(soon, _MM_HINT_T1);
-      for (int64_t i = 0; i < pace && later < end; ++i) _mm_prefetch(*later++, _MM_HINT_T0);
+      fetching.template next<_MM_HINT_T1>();
       _tile_loadd(4, first, 64);
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(1, 4, 7);

@@ -41,13 +41,10 @@ void multiply_rows(const TileRun& run) {
       sums[at / 2][at % 2][i] = run.begins ? zero() : load(from + i * kPanel);
   }
   const uint16_t *row = run.rows, *weights = run.weights;
-  const char* soon = run.soon;
-  const char* const *later = run.later.at, *const *end = later + run.later.count;
-  const int64_t pace = ceil_div(run.later.count, run.steps * PIECES);
+  Fetching<PIECES> fetching(run);
   for (int64_t step = 0; step < run.steps; ++step, weights += kStepWeights) {
     for (int piece = 0; piece < PIECES; ++piece, row += M * kDepth) {
-      for (int64_t line = 0; line < run.lines; ++line, soon += 64) _mm_prefetch(soon, _MM_HINT_T0);
-      for (int64_t i = 0; i < pace && later < end; ++i) _mm_prefetch(*later++, _MM_HINT_T0);
+      fetching.template next<_MM_HINT_T0>();
 #pragma GCC unroll 4
       for (int64_t pair = 0; pair < kDepth; pair += 2) {
         __m512bh w[P][2];

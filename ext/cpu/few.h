@@ -2,6 +2,7 @@
 // would be mostly empty: lanes are positions while they are scored, and elements while values are
 // weighed. Every sum has the order that it has in a stripe, so the bits are the same.
 #pragma once
+#include "attention.h"
 #include "dots.h"
 #include "span.h"
 #include "stripe.h"
@@ -17,7 +18,7 @@ constexpr Ahead kPairsAhead{32, 32};
 
 // rows[query][width] of bfloat16, zeros behind `dim`.
 inline void round_rows(const float* queries, int64_t count, int64_t dim, uint16_t* rows) {
-  const int64_t width = steps_of(dim) * kDepth;
+  const int64_t width = padded(dim);
   for (int64_t i = 0; i < count; ++i)
     for (int64_t d = 0; d < width; d += kDepth)
       _mm512_storeu_si512(rows + i * width + d, rounded(queries + i * dim + d, dim - d));
@@ -70,7 +71,7 @@ void score_turned_pairs(const uint16_t* queries, int64_t width, const uint16_t* 
 }
 
 // weights[16 pairs of positions of each step], and the largest, of the scores at the steps
-// [first, last), of which those outside of [low, high) are not seen.
+// [first, last), of which those outside of `seen` are not.
 inline float soften_pairs(float* scores, int64_t first, int64_t last, const Positions& seen,
                           uint16_t* weights) {
   for (int64_t j = first * kDepth; j < seen.first; ++j) scores[j] = kUnseen;
@@ -176,7 +177,7 @@ void by_threes(int64_t queries, const Body& body) {
 // Partial with rows of `width`. Keys, then values, of all heads are read in one sweep.
 inline void attend_pairs(const uint16_t* query, int64_t queries, const Keys<BFloat16>& keys,
                          int64_t heads, const Seen& seen, float* to, int64_t apart) {
-  const int64_t width = steps_of(keys.dim) * kDepth;
+  const int64_t width = padded(keys.dim);
   const int64_t first = seen.begin(0) / kDepth, last = ceil_div(seen.end(queries - 1), kDepth);
   float* scores = scratch<kScores>(heads * queries * kSpan);
   auto* weights = scratch<kWeights, uint16_t>(heads * queries * kSpan);
@@ -207,6 +208,50 @@ inline void attend_pairs(const uint16_t* query, int64_t queries, const Keys<BFlo
     }
   }
 }
+
+// Attention of blocks of few queries: a way of rounded.h.
+struct Few {
+  const Attention<BFloat16>& a;
+
+  int64_t width() const { return padded(a.call.dim); }
+  int64_t query_floats(int64_t queries) const { return queries * width() / 2; }
+  int64_t floats(int64_t queries) const { return Partial::floats(queries, width()); }
+
+  void prepare(const Reach& reach, int64_t head, float* to) const {
+    const int64_t queries = a.queries_of(reach), dim = a.call.dim;
+    float* ready = scratch<kHead>(kFewQueries * dim);
+    for (int64_t i = 0; i < queries; ++i) a.prepare_query(reach, head, i, ready + i * dim);
+    round_rows(ready, queries, dim, reinterpret_cast<uint16_t*>(to));
+  }
+
+  void attend(const Piece& piece, const float* query, float* out) const {
+    const int64_t queries = a.queries_of(piece.reach);
+    attend_pairs(reinterpret_cast<const uint16_t*>(query), queries, a.sweep(piece, kPairsAhead),
+                 piece.heads.count, a.seen(piece.reach, piece.span), out, floats(queries));
+  }
+
+  void go_on(const Piece& piece, const float* query, float* state) const {
+    const int64_t queries = a.queries_of(piece.reach), apart = floats(queries);
+    float* span = scratch<kSpanResult>(piece.heads.count * apart);
+    attend(piece, query, span);
+    for (int64_t h = 0; h < piece.heads.count; ++h)
+      fold(span + h * apart, queries, state + h * apart);
+  }
+
+  void fold(float* span, int64_t queries, float* state) const {
+    merge(Partial(span, queries), queries, width(), Partial(state, queries));
+  }
+
+  void write(const Reach& reach, int64_t head, float* all) const {
+    const int64_t dim = a.call.dim, queries = a.queries_of(reach);
+    const Partial state(all, queries);
+    for (int64_t i = 0; i < queries; ++i) {
+      float* out = a.call.out + a.place(reach, head, i);
+      const float inverse = 1.0f / state.sum[i];
+      for (int64_t d = 0; d < dim; ++d) out[d] = state.values[i * width() + d] * inverse;
+    }
+  }
+};
 
 #endif
 

@@ -49,8 +49,8 @@ void multiply_tile_panels(const Cut& rows, const uint16_t* weights, int64_t pane
   }
 }
 
-// sums[panel][row][kPanel] = rows times some panels of a matrix. While some
-// panels are multiplied, the lines of later(panels, turn, turns) are fetched in each turn.
+// sums[panel][row][kPanel] = rows times some panels of a matrix. While a few of these are
+// multiplied, the lines of later(panels, turn, turns) are fetched in each turn.
 template <class Later>
 void multiply_tiles(const Matrix& m, const Rows& panels, const Cut& rows, float* sums,
                     const Later& later) {

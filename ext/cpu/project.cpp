@@ -246,7 +246,7 @@ int64_t chunks_of(const ProjectCall& call, bool has_tiles, int64_t threads) {
 }
 
 // How many panels a task computes: enough sums to hide latencies, few enough to share them out, and
-// of tiles, which are computed one by one, as many for each thread.
+// of tiles, which hide them better, as many for each thread.
 int64_t panels_per_job(const ProjectCall& call, bool has_panels, int64_t threads) {
   if (has_panels) return call.rows <= 8 ? 4 : call.rows <= 32 ? 2 : 1;
   const int64_t most = threads * (call.rows <= 8 ? 4 : 1);

@@ -65,20 +65,24 @@ inline Stream patch_piece(const LinearCall& linear, int64_t slot, const Rows& pa
   return piece_of(linear.patch->segments()[slot], panels, steps);
 }
 
-// The lines of the layer's patch that lie upon some panels: each turn has its share of the segments.
-inline Lines lines_of_patch(const LinearCall& linear, const Rows& panels, int64_t turn,
-                            int64_t turns) {
-  if (linear.patch == nullptr) return {};
+// The lines of the layer's patch that some rows read upon some panels: each turn has its share of
+// the segments.
+inline Lines lines_of_patch(const LinearCall& linear, const Rows& rows, const Rows& panels,
+                            int64_t turn, int64_t turns) {
+  const int64_t segments = linear.patch == nullptr ? 0 : linear.patch->count;
+  const auto each = [&](auto&& body) {
+    for (int64_t s = turn; s < segments; s += turns) {
+      const Segment& segment = linear.patch->segments()[s];
+      if (segment.last <= rows.first || segment.first >= rows.first + rows.count) continue;
+      const Stream piece = piece_of(segment, panels, 1);
+      for (int64_t at = 0; at < piece.pace; at += 64) body(piece.at + at);
+    }
+  };
   int64_t count = 0;
-  const Segment* segments = linear.patch->segments();
-  for (int64_t s = turn; s < linear.patch->count; s += turns)
-    count += ceil_div(piece_of(segments[s], panels, 1).pace, 64);
+  each([&](const char*) { ++count; });
+  if (count == 0) return {};
   auto** lines = scratch<kLines, const char*>(count);
-  count = 0;
-  for (int64_t s = turn; s < linear.patch->count; s += turns) {
-    const Stream piece = piece_of(segments[s], panels, 1);
-    for (int64_t at = 0; at < piece.pace; at += 64) lines[count++] = piece.at + at;
-  }
+  each([&, next = lines](const char* line) mutable { *next++ = line; });
   return {lines, count};
 }
 
@@ -202,7 +206,7 @@ inline void compute(const Projection& p, int64_t i, const Rows& panels, const Ch
   if (in_tiles(linear)) {
     multiply_tiles(*linear.matrix, panels, chunk.cut, sums,
                    [&](const Rows& some, int64_t turn, int64_t turns) {
-                     return lines_of_patch(linear, some, turn, turns);
+                     return lines_of_patch(linear, chunk.rows, some, turn, turns);
                    });
   } else {
     multiply_panels(p, linear, panels, chunk, sums);

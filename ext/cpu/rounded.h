@@ -1,5 +1,5 @@
-// Attention of a block in tiles, with queries and softmax weights rounded to bfloat16:
-// a way of attend.cpp. Queries lie in stripes of 16, which are computed two by two.
+// Attention of a block with queries and softmax weights rounded to bfloat16: a way of attend.cpp.
+// Queries lie in stripes of 16, which are computed two by two, or are few.
 #pragma once
 #include "attention.h"
 #include "few.h"
@@ -9,19 +9,15 @@ namespace blockllm {
 
 #if defined(__AVX512BF16__)
 
-struct Rounded {
-  const Attention<BFloat16> a;
+struct Stripes {
+  const Attention<BFloat16>& a;
 
-  int64_t width() const { return steps_of(a.call.dim) * kDepth; }
-  // Whether a block's queries are so few that they lie in no stripes.
-  static bool is_few(int64_t queries) { return queries < kFewQueries; }
+  int64_t width() const { return padded(a.call.dim); }
   // Floats of the queries of a block and head, ready, and of a partial result.
   int64_t query_floats(int64_t queries) const {
-    if (is_few(queries)) return queries * width() / 2;
     return ceil_div(queries, kSide) * kSide * width() / 2;
   }
   int64_t floats(int64_t queries) const {
-    if (is_few(queries)) return Partial::floats(queries, width());
     return ceil_div(queries, kSide) * Stripe::floats(width());
   }
 
@@ -29,10 +25,6 @@ struct Rounded {
     const int64_t queries = a.queries_of(reach), dim = a.call.dim;
     auto* packed = reinterpret_cast<uint16_t*>(to);
     float* ready = scratch<kHead>(kSide * dim);
-    if (is_few(queries)) {
-      for (int64_t i = 0; i < queries; ++i) a.prepare_query(reach, head, i, ready + i * dim);
-      return round_rows(ready, queries, dim, packed);
-    }
     for (int64_t i = 0; i < queries; i += kSide, packed += kSide * width()) {
       const int64_t count = std::min(kSide, queries - i);
       for (int64_t j = 0; j < count; ++j) a.prepare_query(reach, head, i + j, ready + j * dim);
@@ -42,7 +34,6 @@ struct Rounded {
 
   // The partial results of a piece's heads.
   void attend(const Piece& piece, const float* query, float* out) const {
-    if (is_few(a.queries_of(piece.reach))) return attend_few(piece, query, out);
     each_pair(piece, query, [&](const Span& span, auto stripes, int64_t stripe) {
       attend_stripes<decltype(stripes)::value>(span, out + stripe * Stripe::floats(width()));
     });
@@ -50,14 +41,6 @@ struct Rounded {
 
   // The same, folded into the states of the spans before it.
   void go_on(const Piece& piece, const float* query, float* state) const {
-    const int64_t queries = a.queries_of(piece.reach);
-    if (is_few(queries)) {
-      const int64_t apart = this->floats(queries), heads = piece.heads.count;
-      float* span = scratch<kSpanResult>(heads * apart);
-      attend_few(piece, query, span);
-      for (int64_t h = 0; h < heads; ++h) fold(span + h * apart, queries, state + h * apart);
-      return;
-    }
     const int64_t floats = Stripe::floats(width());
     float* result = scratch<kSpanResult>(2 * floats);
     each_pair(piece, query, [&](const Span& span, auto stripes, int64_t stripe) {
@@ -68,8 +51,6 @@ struct Rounded {
   }
 
   void fold(float* span, int64_t queries, float* state) const {
-    if (is_few(queries))
-      return merge(Partial(span, queries), queries, width(), Partial(state, queries));
     const int64_t floats = Stripe::floats(width());
     for (int64_t i = 0; i < ceil_div(queries, kSide); ++i)
       fold_stripe(Stripe(span + i * floats), width(), Stripe(state + i * floats));
@@ -77,7 +58,6 @@ struct Rounded {
 
   void write(const Reach& reach, int64_t head, float* state) const {
     const int64_t queries = a.queries_of(reach);
-    if (is_few(queries)) return write_few(reach, head, Partial(state, queries));
     for (int64_t i = 0; i < queries; i += kSide, state += Stripe::floats(width())) {
       float* to[kSide];
       const int64_t count = std::min(kSide, queries - i);
@@ -87,23 +67,6 @@ struct Rounded {
   }
 
  private:
-  void attend_few(const Piece& piece, const float* query, float* out) const {
-    const int64_t queries = a.queries_of(piece.reach);
-    const Keys<BFloat16> keys = a.sweep(piece, kPairsAhead);
-    const Seen seen = a.seen(piece.reach, piece.span);
-    const auto* rows = reinterpret_cast<const uint16_t*>(query);
-    attend_pairs(rows, queries, keys, piece.heads.count, seen, out, floats(queries));
-  }
-
-  void write_few(const Reach& reach, int64_t head, const Partial& state) const {
-    const int64_t dim = a.call.dim;
-    for (int64_t i = 0; i < a.queries_of(reach); ++i) {
-      float* out = a.call.out + a.place(reach, head, i);
-      const float inverse = 1.0f / state.sum[i];
-      for (int64_t d = 0; d < dim; ++d) out[d] = state.values[i * width() + d] * inverse;
-    }
-  }
-
   // What the stripes of a piece share, and two of them (or the last one) see.
   struct Span {
     KeyTiles keys;
@@ -199,6 +162,37 @@ struct Rounded {
     float* values = Stripe(out).values;
     weigh_tiles<S>(span.values, width(), weights, first, last, values,
                    values + Stripe::floats(width()));
+  }
+};
+
+struct Rounded {
+  const Attention<BFloat16> a;
+  const Few few{a};
+  const Stripes stripes{a};
+
+  static bool is_few(int64_t queries) { return queries < kFewQueries; }
+  bool is_few(const Reach& reach) const { return is_few(a.queries_of(reach)); }
+
+  int64_t query_floats(int64_t queries) const {
+    return is_few(queries) ? few.query_floats(queries) : stripes.query_floats(queries);
+  }
+  int64_t floats(int64_t queries) const {
+    return is_few(queries) ? few.floats(queries) : stripes.floats(queries);
+  }
+  void prepare(const Reach& reach, int64_t head, float* to) const {
+    is_few(reach) ? few.prepare(reach, head, to) : stripes.prepare(reach, head, to);
+  }
+  void attend(const Piece& piece, const float* query, float* out) const {
+    is_few(piece.reach) ? few.attend(piece, query, out) : stripes.attend(piece, query, out);
+  }
+  void go_on(const Piece& piece, const float* query, float* state) const {
+    is_few(piece.reach) ? few.go_on(piece, query, state) : stripes.go_on(piece, query, state);
+  }
+  void fold(float* span, int64_t queries, float* state) const {
+    is_few(queries) ? few.fold(span, queries, state) : stripes.fold(span, queries, state);
+  }
+  void write(const Reach& reach, int64_t head, float* state) const {
+    is_few(reach) ? few.write(reach, head, state) : stripes.write(reach, head, state);
   }
 };
 

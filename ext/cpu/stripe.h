@@ -19,8 +19,7 @@ namespace blockllm {
 
 #if defined(__AVX512BF16__)
 
-constexpr int64_t kSteps = kSpan / kDepth;      // of positions, in a span
-constexpr int64_t kTile = kSide * kDepth;  // elements of a tile of factors
+constexpr int64_t kSteps = kSpan / kDepth;  // of positions, in a span
 constexpr float kUnseen = -std::numeric_limits<float>::infinity();
 
 // What a span (or all spans so far) says about the queries of a stripe: see Partial.
@@ -65,7 +64,7 @@ inline void pack_stripe(const float* queries, int64_t count, int64_t dim, uint16
       x[i] = i < count ? rounded(queries + i * dim + d, dim - d) : _mm512_setzero_si512();
     turn_words(x);
     for (int64_t i = 0; i < kSide; ++i) _mm512_store_si512(packed + i * kDepth, x[i]);
-    packed += kTile;
+    packed += kTileWeights;
   }
 }
 
@@ -92,7 +91,7 @@ inline void turn_values(const Keys<BFloat16>& keys, int64_t first, int64_t fetch
       turn_words(x[1]);
       for (int64_t i = 0; i < kSide; ++i) {
         const int64_t tile = (d / kSide + i / 8) * kSteps + step;
-        uint16_t* to = turned + tile * kTile + i % 8 * 2 * kDepth;
+        uint16_t* to = turned + tile * kTileWeights + i % 8 * 2 * kDepth;
         const __m512i even = _mm512_or_si512(_mm512_and_si512(x[0][i], low_half),
                                              _mm512_slli_epi32(x[1][i], 16));
         const __m512i odd = _mm512_or_si512(_mm512_srli_epi32(x[0][i], 16),
@@ -114,7 +113,7 @@ void score_tiles(const KeyTiles& keys, int64_t first, int64_t last, const uint16
     multiply_squares<S>({{keys.at[t], keys.at[t + 1]},
                          keys.stride,
                          kDepth,
-                         {queries, queries + steps * kTile},
+                         {queries, queries + steps * kTileWeights},
                          steps,
                          {to, to + kSpan * kSide}});
   }
@@ -173,7 +172,7 @@ inline void soften_stripe(const float* scores, int64_t first, int64_t last, uint
   Vec sum = zero();
   for (int64_t step = first; step < last; ++step) {
     const float* from = scores + step * 2 * kSquare;
-    uint16_t* to = weights + step * kTile;
+    uint16_t* to = weights + step * kTileWeights;
 #pragma GCC unroll 4
     for (int64_t i = 0; i < kSide; ++i) {
       const Vec a = rounded_exp2(fma(load(from + i * kSide), base, shift));
@@ -191,12 +190,12 @@ template <int S>
 void weigh_tiles(const uint16_t* turned, int64_t width, const uint16_t* weights, int64_t first,
                  int64_t last, float* values, float* others) {
   for (int64_t d = 0; d < width; d += kDepth) {
-    const uint16_t* even = turned + d * kSpan + first * kTile;
-    const uint16_t* own = weights + first * kTile;
-    multiply_squares<S>({{even, even + kSteps * kTile},
+    const uint16_t* even = turned + d * kSpan + first * kTileWeights;
+    const uint16_t* own = weights + first * kTileWeights;
+    multiply_squares<S>({{even, even + kSteps * kTileWeights},
                          64,
-                         kTile,
-                         {own, own + kSteps * kTile},
+                         kTileWeights,
+                         {own, own + kSteps * kTileWeights},
                          last - first,
                          {values + d * kSide, others + d * kSide}});
   }

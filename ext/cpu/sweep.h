@@ -83,7 +83,7 @@ void weigh_heads(const float* weights, int64_t queries, const Keys<T>& keys, int
     const Positions some{j, std::min(j + kWeighed, keys.count)};
     for (int64_t h = 0; h < heads; ++h)
       weigh<T, true>(weights + h * queries * kSpan, queries, keys.behind(h),
-                            {seen, some, j == first}, out + h * apart);
+                     {seen, some, j == first}, out + h * apart);
   }
 }
 

@@ -31,6 +31,8 @@ constexpr int64_t kHeight = kTileRows;
 #endif
 
 inline int64_t steps_of(int64_t in) { return ceil_div(in, kDepth); }
+// Inputs with those that fill the last tile.
+inline int64_t padded(int64_t in) { return steps_of(in) * kDepth; }
 
 // Where the weight of output c of a panel and input k lies within the panel.
 inline int64_t tile_place(int64_t c, int64_t k) {
@@ -60,13 +62,38 @@ struct TileRun {
   Lines later;  // and these, spread over the run
 };
 
+// Fetches what a run of tiles wants, a share at a time.
+template <int PIECES>
+class Fetching {
+ public:
+  explicit Fetching(const TileRun& run)
+      : soon_(run.soon),
+        lines_(run.lines),
+        later_(run.later.at),
+        end_(run.later.at + run.later.count),
+        pace_(ceil_div(run.later.count, run.steps * PIECES)) {}
+
+  template <_mm_hint HINT>
+  void next() {
+    for (int64_t i = 0; i < lines_; ++i, soon_ += 64) _mm_prefetch(soon_, HINT);
+    for (int64_t i = 0; i < pace_ && later_ < end_; ++i) _mm_prefetch(*later_++, _MM_HINT_T0);
+  }
+
+ private:
+  const char* soon_;
+  const int64_t lines_;
+  const char* const* later_;
+  const char* const* end_;
+  const int64_t pace_;
+};
+
 // out[stripe][32][16] = two tiles of 16 rows, each times the tiles of one or two stripes, summed
 // over steps.
 struct Squares {
   const uint16_t* rows[2];
-  int64_t stride;               // bytes from row to row
-  int64_t apart;                // elements from step to step
-  const uint16_t* stripes[2];   // [step][16 pairs][16][2]
+  int64_t stride;              // bytes from row to row
+  int64_t apart;               // elements from step to step
+  const uint16_t* stripes[2];  // [step][16 pairs][16][2]
   int64_t steps;
   float* out[2];
 };

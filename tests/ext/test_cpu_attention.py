@@ -228,9 +228,16 @@ def assert_same_bits(
         rows = [t[300 + row : 301 + row] for t in qkv]
         for which in (ops, alone):
             assert torch.equal(attend(which, rows, one, cache, window)[0], whole[300 + row])
-    chunk = Geometry(np.array([0, 90], "i4"), np.array([250], "i4"), place.tables[2:])
-    rows = [t[760:850] for t in qkv]
-    assert torch.equal(attend(ops, rows, chunk, cache, window), whole[760:850])
+    for first, last in ((160, 250), (127, 129), (200, 203)):
+        bounds = np.array([0, last - first], "i4"), np.array([last], "i4")
+        chunk = Geometry(*bounds, place.tables[2:])
+        rows = [t[600 + first : 600 + last] for t in qkv]
+        assert torch.equal(attend(ops, rows, chunk, cache, window), whole[600 + first : 600 + last])
+    mixed = Geometry(np.array([0, 40, 41], "i4"), np.array([250, 300], "i4"), place.tables[1:])
+    rows = [torch.cat((t[510:550], t[899:900])) for t in qkv]
+    assert torch.equal(
+        attend(ops, rows, mixed, cache, window), torch.cat((whole[510:550], whole[899:]))
+    )
 
 
 @pytest.mark.parametrize(

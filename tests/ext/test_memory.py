@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ext.memory import commit, reserve
+from ext.memory import commit, host_memory, reserve
 
 
 def resident(address: int) -> int:
@@ -38,3 +38,18 @@ def test_memory_is_backed_part_by_part_and_keeps_what_it_holds():
     assert commit(memory, 4 << 20, 12 << 20)
     assert resident(memory.data_ptr()) >= nbytes
     assert (int(memory[5]), int(memory.sum())) == (7, 7)
+
+
+def test_a_container_has_what_its_limit_leaves(tmp_path: Path) -> None:
+    whole = host_memory(tmp_path)
+    assert 0 < whole.available <= whole.total
+    files = {
+        "memory.max": "1000000",
+        "memory.current": "600000",
+        "memory.stat": "anon 5\ninactive_file 50000\nactive_file 7000\nslab_reclaimable 300\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert host_memory(tmp_path) == (1_000_000, 457_300)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert host_memory(tmp_path).total == whole.total

@@ -1,11 +1,10 @@
 """A device's own readings."""
 
 import time
-from pathlib import Path
 
 import pytest
 
-from workers.gauge import Gauge, host_memory
+from workers.gauge import Gauge
 
 
 def test_a_host_tells_its_load_and_memory() -> None:
@@ -38,18 +37,3 @@ def test_a_gpu_tells_its_load_memory_and_power() -> None:
     assert 0 <= gauge.reading["utilization"] <= 1
     assert gauge.reading["memory_total_bytes"] > 1 << 30
     assert gauge.reading["power_w"] > 0
-
-
-def test_a_container_has_what_its_limit_leaves(tmp_path: Path) -> None:
-    whole = host_memory(tmp_path)
-    assert 0 < whole.available <= whole.total
-    files = {
-        "memory.max": "1000000",
-        "memory.current": "600000",
-        "memory.stat": "anon 5\ninactive_file 50000\n",
-    }
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    assert host_memory(tmp_path) == (1_000_000, 450_000)
-    (tmp_path / "memory.max").write_text("max\n")
-    assert host_memory(tmp_path).total == whole.total
