@@ -122,9 +122,9 @@ using namespace blockllm;
 
 void blockllm_attend(Pool* pool, const AttendCall* call) {
   if (call->storage != Storage::kBF16)
-    return attend(pool, Exact<Float32>{Attention<Float32>(*call)});
+    return attend(pool, Exact<Float32>(Attention<Float32>(*call)));
 #if defined(__AVX512BF16__)
   if (call->rounding != 0) return attend(pool, Rounded{Attention<BFloat16>(*call)});
 #endif
-  attend(pool, Exact<BFloat16>{Attention<BFloat16>(*call)});
+  attend(pool, Exact<BFloat16>(Attention<BFloat16>(*call)));
 }

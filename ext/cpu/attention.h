@@ -149,4 +149,37 @@ struct Attention {
   }
 };
 
+// What those ways of attend.cpp have in common whose results are Partials with rows of `width()`.
+template <class Way>
+struct InPartials {
+  int64_t floats(int64_t queries) const { return Partial::floats(queries, way().width()); }
+
+  // The partial results of a piece's heads, folded into the states of the spans before it.
+  void go_on(const Piece& piece, const float* query, float* states) const {
+    const int64_t queries = way().a.queries_of(piece.reach), apart = floats(queries);
+    float* span = scratch<kSpanResult>(piece.heads.count * apart);
+    way().attend(piece, query, span);
+    for (int64_t h = 0; h < piece.heads.count; ++h)
+      fold(span + h * apart, queries, states + h * apart);
+  }
+
+  void fold(float* span, int64_t queries, float* state) const {
+    merge(Partial(span, queries), queries, way().width(), Partial(state, queries));
+  }
+
+  void write(const Reach& reach, int64_t head, float* all) const {
+    const auto& a = way().a;
+    const int64_t dim = a.call.dim, queries = a.queries_of(reach);
+    const Partial state(all, queries);
+    for (int64_t i = 0; i < queries; ++i) {
+      float* out = a.call.out + a.place(reach, head, i);
+      const float inverse = 1.0f / state.sum[i];
+      for (int64_t d = 0; d < dim; ++d) out[d] = state.values[i * way().width() + d] * inverse;
+    }
+  }
+
+ private:
+  const Way& way() const { return static_cast<const Way&>(*this); }
+};
+
 }  // namespace blockllm

@@ -7,12 +7,14 @@
 namespace blockllm {
 
 template <class T>
-struct Exact {
+struct Exact : InPartials<Exact<T>> {
   const Attention<T> a;
 
-  // Floats of the queries of a block and head, ready, and of a partial result.
+  explicit Exact(const Attention<T>& made) : a(made) {}
+
+  int64_t width() const { return a.call.dim; }
+  // Floats of the queries of a block and head, ready.
   int64_t query_floats(int64_t queries) const { return queries * a.call.dim; }
-  int64_t floats(int64_t queries) const { return Partial::floats(queries, a.call.dim); }
 
   void prepare(const Reach& reach, int64_t head, float* to) const {
     for (int64_t i = 0; i < a.queries_of(reach); ++i)
@@ -25,41 +27,18 @@ struct Exact {
                                                : attend_many(piece, query, to);
   }
 
-  // The same, folded into the states of the spans before it.
-  void go_on(const Piece& piece, const float* query, float* states) const {
-    const int64_t queries = a.queries_of(piece.reach), apart = floats(queries);
-    float* span = scratch<kSpanResult>(piece.heads.count * apart);
-    attend(piece, query, span);
-    for (int64_t h = 0; h < piece.heads.count; ++h)
-      fold(span + h * apart, queries, states + h * apart);
-  }
-
-  void fold(float* span, int64_t queries, float* state) const {
-    merge(Partial(span, queries), queries, a.call.dim, Partial(state, queries));
-  }
-
-  void write(const Reach& reach, int64_t head, float* all) const {
-    const int64_t dim = a.call.dim, queries = a.queries_of(reach);
-    const Partial state(all, queries);
-    for (int64_t i = 0; i < queries; ++i) {
-      float* out = a.call.out + a.place(reach, head, i);
-      const float inverse = 1.0f / state.sum[i];
-      for (int64_t d = 0; d < dim; ++d) out[d] = state.values[i * dim + d] * inverse;
-    }
-  }
-
  private:
   void attend_few(const Piece& piece, const float* query, float* to) const {
     const int64_t queries = a.queries_of(piece.reach), heads = piece.heads.count;
+    const int64_t apart = this->floats(queries);
     const Keys<T> keys = a.sweep(piece, kSweepAhead);
     const Seen seen = a.seen(piece.reach, piece.span);
     const int64_t first = seen.begin(0) / kWeighed * kWeighed;
     float* scores = scratch<kScores>(heads * queries * kSpan);
     score_heads(query, queries, keys, heads, first, scores);
     for (int64_t h = 0; h < heads; ++h)
-      soften_all(seen, queries, keys.count, scores + h * queries * kSpan, to + h * floats(queries));
-    weigh_heads(scores, queries, keys, heads, seen, first, Partial(to, queries).values,
-                floats(queries));
+      soften_all(seen, queries, keys.count, scores + h * queries * kSpan, to + h * apart);
+    weigh_heads(scores, queries, keys, heads, seen, first, Partial(to, queries).values, apart);
   }
 
   void attend_many(const Piece& piece, const float* query, float* to) const {
@@ -69,7 +48,7 @@ struct Exact {
     int64_t bytes = heads * a.call.dim * sizeof(typename T::Element);  // of all heads, in one sweep
     for (int64_t h = 0; h < heads; ++h, bytes = 0) {
       const Keys<T> keys = a.keys(piece.reach, piece.heads.first + h, piece.span);
-      float* own = to + h * floats(queries);
+      float* own = to + h * this->floats(queries);
       score_turned(query + h * query_floats(queries), queries, keys, seen, bytes, scores);
       soften_all(seen, queries, keys.count, scores, own);
       weigh(scores, queries, keys, {seen, {0, keys.count}, true}, Partial(own, queries).values);

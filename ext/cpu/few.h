@@ -210,12 +210,13 @@ inline void attend_pairs(const uint16_t* query, int64_t queries, const Keys<BFlo
 }
 
 // Attention of blocks of few queries: a way of rounded.h.
-struct Few {
+struct Few : InPartials<Few> {
   const Attention<BFloat16>& a;
+
+  explicit Few(const Attention<BFloat16>& made) : a(made) {}
 
   int64_t width() const { return padded(a.call.dim); }
   int64_t query_floats(int64_t queries) const { return queries * width() / 2; }
-  int64_t floats(int64_t queries) const { return Partial::floats(queries, width()); }
 
   void prepare(const Reach& reach, int64_t head, float* to) const {
     const int64_t queries = a.queries_of(reach), dim = a.call.dim;
@@ -228,28 +229,6 @@ struct Few {
     const int64_t queries = a.queries_of(piece.reach);
     attend_pairs(reinterpret_cast<const uint16_t*>(query), queries, a.sweep(piece, kPairsAhead),
                  piece.heads.count, a.seen(piece.reach, piece.span), out, floats(queries));
-  }
-
-  void go_on(const Piece& piece, const float* query, float* state) const {
-    const int64_t queries = a.queries_of(piece.reach), apart = floats(queries);
-    float* span = scratch<kSpanResult>(piece.heads.count * apart);
-    attend(piece, query, span);
-    for (int64_t h = 0; h < piece.heads.count; ++h)
-      fold(span + h * apart, queries, state + h * apart);
-  }
-
-  void fold(float* span, int64_t queries, float* state) const {
-    merge(Partial(span, queries), queries, width(), Partial(state, queries));
-  }
-
-  void write(const Reach& reach, int64_t head, float* all) const {
-    const int64_t dim = a.call.dim, queries = a.queries_of(reach);
-    const Partial state(all, queries);
-    for (int64_t i = 0; i < queries; ++i) {
-      float* out = a.call.out + a.place(reach, head, i);
-      const float inverse = 1.0f / state.sum[i];
-      for (int64_t d = 0; d < dim; ++d) out[d] = state.values[i * width() + d] * inverse;
-    }
   }
 };
 
