@@ -1,9 +1,9 @@
 """What this machine can do at most: memory read and float32 multiply-adds, all cores together.
 
 Each is the best of several ways to get there: the probes of `bench/limits.cpp`, and torch, which
-has more kinds of products. A float32 activation times a bfloat16
-weight is, without loss, three products of bfloat16, so where a machine multiplies those more than
-three times as fast (AMX), a third of that rate is its limit.
+has more kinds of products. A float32 activation times a bfloat16 weight is, without loss, three
+products of bfloat16, so where a machine multiplies those more than three times as fast (AMX), a
+third of that rate is its limit.
 """
 
 import contextlib

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.machine import Busy, commit, this_machine
-from ext.build import ISA_FLAGS, Isa
+from ext.build import ISA_FLAGS, SOURCES, Isa
 from ext.cpu import CpuOps
 from ext.ops import Attention, Cache, Geometry, Linear, Norm, Ops, Place
 
@@ -112,7 +112,7 @@ def probes(isa: Isa) -> Iterator[ctypes.CDLL]:
     source = Path(__file__).with_name("limits.cpp")
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "limits.so"
-        flags = ["-O2", "-std=c++17", *ISA_FLAGS[isa], "-shared", "-fPIC"]
+        flags = ["-O2", "-std=c++17", f"-I{SOURCES}", *ISA_FLAGS[isa], "-shared", "-fPIC"]
         subprocess.run(["g++", *flags, str(source), "-o", str(target)], check=True)
         native = ctypes.CDLL(str(target))
         native.limits_read.argtypes = (ctypes.c_void_p, ctypes.c_int64)
@@ -245,9 +245,8 @@ def decode(model: Model, limit: Limits, clock: Clock, rows: int, context: int = 
         model.step(place, cache, note)
         if not best or sum(parts.values()) < sum(best.values()):
             best = parts
-    products_s = (
-        rows * model.nbytes / 1e9 / limit.products(model.ops)
-    )  # two per weight, of two bytes
+    # Two operations per weight of two bytes.
+    products_s = rows * model.nbytes / 1e9 / limit.products(model.ops)
     read_s = model.nbytes / 1e9 / limit.read_gb_s
     limit_s = max(products_s, read_s) + kv_bytes / 1e9 / limit.read_gb_s
     return Step(rows, sum(best.values()), limit_s, best)

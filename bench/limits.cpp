@@ -1,9 +1,9 @@
 // What the machine can do at most, on one thread: bytes read, and products of float32 or
 // bfloat16 summed in float32, per call.
 // bench/kernels.py compiles this, calls it from as many threads as it measures with, and times it.
-#include <immintrin.h>
+#include "vec.h"
 
-#include <cstdint>
+using namespace blockllm;
 
 // Reads `bytes` (a multiple of 128) once, in order.
 extern "C" int64_t limits_read(const char* from, int64_t bytes) {
@@ -20,21 +20,8 @@ extern "C" int64_t limits_read(const char* from, int64_t bytes) {
   return _mm256_extract_epi64(all, 0);
 }
 
-#if defined(__AVX512F__)
-constexpr int kSums = 24;
-using Vec = __m512;
-static Vec fill(float x) { return _mm512_set1_ps(x); }
-static Vec fused(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
-static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
-static float first(Vec a) { return _mm512_cvtss_f32(a); }
-#else
-constexpr int kSums = 12;
-using Vec = __m256;
-static Vec fill(float x) { return _mm256_set1_ps(x); }
-static Vec fused(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
-static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
-static float first(Vec a) { return _mm256_cvtss_f32(a); }
-#endif
+// Independent sums: as many as hide a multiply-add's latency and fit the registers.
+constexpr int kSums = kLanes == 16 ? 24 : 12;
 
 // Repeats a step upon independent sums, all in registers.
 template <class Step>
@@ -46,16 +33,16 @@ static float repeat(int64_t rounds, const Step& step) {
     for (int i = 0; i < kSums; ++i) sums[i] = step(sums[i]);
   }
   for (int i = 1; i < kSums; ++i) sums[0] = add(sums[0], sums[i]);
-  return first(sums[0]);
+  return sum(sums[0]);
 }
 
 // Multiply-adds of float32; a round has `limits_operations` of them, two for each lane.
 extern "C" float limits_multiply_add(int64_t rounds) {
   const Vec factor = fill(0.999f), term = fill(1e-3f);
-  return repeat(rounds, [&](Vec sum) { return fused(sum, factor, term); });
+  return repeat(rounds, [&](Vec sum) { return fma(sum, factor, term); });
 }
 
-extern "C" int64_t limits_operations() { return kSums * sizeof(Vec) / sizeof(float) * 2; }
+extern "C" int64_t limits_operations() { return kSums * kLanes * 2; }
 
 // The same of pairs of bfloat16s, twice as many; returns false where there are none.
 extern "C" bool limits_dots(int64_t rounds) {

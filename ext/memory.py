@@ -1,7 +1,8 @@
-"""Memory of resident weights: side by side in large mappings that the system backs with huge pages.
+"""Memory of the host: what is left of it, and large mappings that the system backs with huge pages.
 
-Reading weights of a megabyte or two through 4 KiB pages costs a quarter of the bandwidth. What
-operations give is freed soon and asked for again: it stays with the C library in between.
+Resident weights lie in these side by side: reading one of a megabyte or two through 4 KiB pages
+costs a quarter of the bandwidth. What operations give is freed soon and asked for again: it stays
+with the C library in between.
 """
 
 import ctypes

@@ -97,8 +97,8 @@ struct Weighing {
   bool ends() const { return step + 1 == last; }
 };
 
-// values[query][width] from element `d` on, 16 V of them, and sums of the weights, (+)= those of a
-// step, weighted, of Q queries. Meanwhile the next step's are fetched.
+// values[query][width] from element `d` on, 16 V of them, and with the first of them sums of the
+// weights, (+)= those of a step, weighted, of Q queries. Meanwhile the next step's are fetched.
 template <int Q, int V>
 void weigh_pairs(const uint16_t* weights, const Keys<BFloat16>& keys, const Weighing& at,
                  float* values, int64_t width, float* sums) {
@@ -140,7 +140,7 @@ void weigh_pairs(const uint16_t* weights, const Keys<BFloat16>& keys, const Weig
   const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
 #pragma GCC unroll 4
   for (int q = 0; q < Q; ++q) {
-    sums[q] = _mm512_cvtss_f32(all[q]);
+    if (at.d == 0) sums[q] = _mm512_cvtss_f32(all[q]);
 #pragma GCC unroll 2
     for (int v = 0; v < V; v += 2) {
       const Vec a = total[q][v], b = total[q][v + 1];
@@ -154,15 +154,9 @@ void weigh_pairs(const uint16_t* weights, const Keys<BFloat16>& keys, const Weig
 template <int Q>
 void weigh_rows(const uint16_t* weights, const Keys<BFloat16>& keys, Weighing at, float* values,
                 int64_t width, float* sums) {
-  float before[Q];
-  std::copy(sums, sums + Q, before);
-  for (; at.d + 2 * kDepth <= width; at.d += 2 * kDepth) {
-    std::copy(before, before + Q, sums);  // each part of the elements makes the same sums
+  for (; at.d + 2 * kDepth <= width; at.d += 2 * kDepth)
     weigh_pairs<Q, 4>(weights, keys, at, values, width, sums);
-  }
-  if (at.d == width) return;
-  std::copy(before, before + Q, sums);
-  weigh_pairs<Q, 2>(weights, keys, at, values, width, sums);
+  if (at.d < width) weigh_pairs<Q, 2>(weights, keys, at, values, width, sums);
 }
 
 // Calls body(first query, how many) for groups of 3 or single ones.

@@ -41,14 +41,19 @@ def compute(requests: Requests, request: Request) -> None:
     requests.advance(request, span, span.last - span.first)
 
 
+def running(requests: Requests, room: int) -> Request:
+    """The first request, its prompt of two pages computed."""
+    first = made(requests, 1, prompt=2 * PAGE, room=room)
+    assert started(requests) == [1]
+    compute(requests, first)
+    return first
+
+
 def test_a_prompt_that_was_seen_starts_even_if_its_pages_are_those_it_could_share(
     requests: Requests,
 ) -> None:
     assert MODEL.num_layers > SPARE
-    first = made(requests, 1, prompt=2 * PAGE, room=COLUMNS * PAGE)
-    assert started(requests) == [1]
-    compute(requests, first)
-    requests.close(first)
+    requests.close(running(requests, room=COLUMNS * PAGE))
     again = made(requests, 2, prompt=2 * PAGE, room=COLUMNS * PAGE)
     short = made(requests, 3, prompt=2, room=4)
     assert started(requests) == [2]
@@ -60,9 +65,7 @@ def test_a_prompt_that_was_seen_starts_even_if_its_pages_are_those_it_could_shar
 
 
 def test_a_prompt_that_was_seen_waits_while_others_run(requests: Requests) -> None:
-    first = made(requests, 1, prompt=2 * PAGE, room=2 * PAGE)
-    assert started(requests) == [1]
-    compute(requests, first)
+    first = running(requests, room=2 * PAGE)
     again = made(requests, 2, prompt=2 * PAGE, room=COLUMNS * PAGE)
     assert started(requests) == []
     requests.close(first)
@@ -71,10 +74,7 @@ def test_a_prompt_that_was_seen_waits_while_others_run(requests: Requests) -> No
 
 
 def test_what_is_copied_is_released_when_copying_ends_badly(requests: Requests) -> None:
-    first = made(requests, 1, prompt=2 * PAGE, room=2 * PAGE)
-    assert started(requests) == [1]
-    compute(requests, first)
-    requests.close(first)
+    requests.close(running(requests, room=2 * PAGE))
     again = made(requests, 2, prompt=2 * PAGE, room=2 * PAGE + 1)
     starting = requests.start()
     assert next(starting) is again
