@@ -43,6 +43,7 @@ PATCH = Struct("qqq")
 SEGMENT = Struct("qqQqQqqqd")
 FINISH = Struct("qqQQ")
 STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+FOLDED = (6, 7)  # of bfloat16: in panels, in tiles
 CODES: dict[Bits, int] = {"int8": 4, "int4": 5}
 PAGES = (torch.float32, torch.bfloat16)
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "tanh": 4, "none": 5}
@@ -53,7 +54,6 @@ Replayable = Literal["project", "attend", "activate", "add_norm", "split"]
 _NORM_RUN = Struct("qqQQ")
 _NORMS = {"rms": 1, "layer": 2}
 _CALLS = (
-    "pack",
     "embed",
     "project",
     "attend",
@@ -120,6 +120,8 @@ def _open(isa: Isa) -> ctypes.CDLL:
     native.blockllm_rounds.restype = ctypes.c_int64
     native.blockllm_packed_bytes.argtypes = (ctypes.c_int64,) * 3
     native.blockllm_packed_bytes.restype = ctypes.c_int64
+    native.blockllm_pack.argtypes = (ctypes.c_char_p,)
+    native.blockllm_pack.restype = ctypes.c_int64
     native.blockllm_open.argtypes = (ctypes.c_int64,)
     native.blockllm_open.restype = ctypes.c_void_p
     native.blockllm_close.argtypes = (ctypes.c_void_p,)

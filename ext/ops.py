@@ -341,22 +341,18 @@ class PackedMatrix(Matrix, Protocol):
 
 
 class Packs(Protocol):
-    """Makes resident matrices in two steps, the second in whatever thread: memory is reserved, then
-    filled by packing. Or they are laid over bytes that were kept, which fit wherever `layout` is
-    the same, and move into better memory later."""
+    """Makes resident matrices in two steps, the second in whatever thread: one is reserved, then
+    filled by packing, which says how much memory it takes. Or they are laid over bytes that were
+    kept, which fit wherever `layout` is the same, and move into better memory later."""
 
     layout: str
 
     def reserve(self, out: int, width: int, dtype: torch.dtype) -> PackedMatrix:
-        """A matrix [out, width] whose memory is to be filled."""
+        """A matrix [out, width] that is to be filled, without memory."""
         ...
 
     def fill(self, matrix: Opaque, weight: Tensor) -> None:
         """Pack a weight [out, width] into the matrix that was reserved for it."""
-        ...
-
-    def nbytes(self, out: int, width: int, dtype: torch.dtype) -> int:
-        """Bytes of a packed matrix [out, width]."""
         ...
 
     def over(self, memory: np.ndarray, out: int, width: int, dtype: torch.dtype) -> PackedMatrix:

@@ -1,7 +1,8 @@
 """Weights as the native CPU kernels read them: packed into panels, or kept in rows.
 
-Panels are described in ext/cpu/panel.h, tiles in ext/cpu/tiles.h, panels of codes in
-ext/cpu/grouped.h. Nothing is lost here: elements keep their stored 2 or 4 bytes, codes their bits.
+Panels are described in ext/cpu/panel.h, tiles in ext/cpu/tiles.h, what folds both in
+ext/cpu/folded.h, panels of codes in ext/cpu/grouped.h. Nothing is lost here: every element can be
+had back, bit by bit.
 A matrix is packed by the thread that asks: whoever has several to pack asks from several threads,
 and never takes a turn of the pool that a step runs on.
 """
@@ -9,7 +10,6 @@ and never takes a turn of the pool that a step runs on.
 import ctypes
 import hashlib
 import struct
-import weakref
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,9 +40,6 @@ class Packing:
 
     def __init__(self, library: ctypes.CDLL, isa: str, rounding: bool) -> None:
         self._native = library
-        # A pool of the calling thread alone.
-        self._pool = ctypes.c_void_p(library.blockllm_open(1))
-        weakref.finalize(self, library.blockllm_close, self._pool)
         self._arena = Arena()
         self.panel: int = library.blockllm_panel()
         self._storage = native.STORAGE | {torch.bfloat16: library.blockllm_bf16_storage(rounding)}
@@ -56,22 +53,16 @@ class Packing:
         return matrix
 
     def reserve(self, out: int, width: int, dtype: torch.dtype) -> CpuMatrix:
-        """A matrix [out, width] without its weights: `memory` is to be filled."""
-        return self.over(self._arena.take(self.nbytes(out, width, dtype)), out, width, dtype)
+        """A matrix [out, width] without its weights, which takes no memory yet."""
+        _check(dtype, (out, width))
+        record = native.Record(native.MATRIX.pack(0, out, width, self._storage[dtype]))
+        return CpuMatrix(out, width, 0, np.empty(0, np.uint8), record)
 
     def over(self, memory: np.ndarray, out: int, width: int, dtype: torch.dtype) -> CpuMatrix:
         """A matrix [out, width] whose packed bytes are `memory`, which may be read-only."""
-        if memory.nbytes != self.nbytes(out, width, dtype):
-            raise ValueError(f"{memory.nbytes} bytes are no matrix of {out} x {width} {dtype}")
-        record = native.Record(native.MATRIX.pack(0, out, width, self._storage[dtype]))
-        matrix = CpuMatrix(out, width, memory.nbytes, memory, record)
+        matrix = self.reserve(out, width, dtype)
         self.move(matrix, memory)
         return matrix
-
-    def nbytes(self, out: int, width: int, dtype: torch.dtype) -> int:
-        """Bytes of a packed matrix [out, width]."""
-        _check(dtype, (out, width))
-        return self._native.blockllm_packed_bytes(out, width, self._storage[dtype])
 
     def copy(self, matrix: CpuMatrix) -> np.ndarray:
         """Memory of our own with the bytes of a matrix; any thread may."""
@@ -82,7 +73,7 @@ class Packing:
     def move(self, matrix: CpuMatrix, memory: np.ndarray) -> None:
         """Let a matrix lie in `memory`, which has its bytes, while no operation reads it."""
         struct.pack_into("Q", matrix.record.data, 0, memory.ctypes.data)
-        matrix.memory = memory
+        matrix.memory, matrix.nbytes = memory, memory.nbytes
 
     def fill(self, matrix: CpuMatrix, weight: Tensor) -> None:
         """Put a weight into the matrix that was reserved for it; any thread may."""
@@ -91,7 +82,7 @@ class Packing:
                 f"a weight of {tuple(weight.shape)} for a matrix of "
                 f"{matrix.out_features} x {matrix.in_features}"
             )
-        self._pack(weight, self._storage[weight.dtype], matrix.memory)
+        self.move(matrix, self._packed(weight, self._storage[weight.dtype]))
 
     def coded(self, weight: Quantized) -> CpuMatrix:
         """A linear layer's weight as codes."""
@@ -127,11 +118,8 @@ class Packing:
     def panels(self, weight: Tensor) -> Tensor:
         """[out, in] -> [panels, in, outputs of a panel]."""
         _check(weight.dtype, tuple(weight.shape))
-        out, width = weight.shape
-        storage = native.STORAGE[weight.dtype]
-        memory = self._arena.take(self._native.blockllm_packed_bytes(out, width, storage))
-        self._pack(weight, storage, memory)
-        packed = torch.from_numpy(memory).view(weight.dtype)
+        width, storage = weight.shape[1], native.STORAGE[weight.dtype]
+        packed = torch.from_numpy(self._packed(weight, storage)).view(weight.dtype)
         return packed.view(-1, width, self.panel)
 
     def rows(self, panels: Tensor, count: int) -> Tensor:
@@ -141,11 +129,24 @@ class Packing:
             return pairs.permute(0, 3, 2, 1).flatten(0, 2)[:count]
         return panels.permute(0, 2, 1).flatten(0, 1)[:count]
 
-    def _pack(self, weight: Tensor, storage: int, memory: np.ndarray) -> None:
-        """Write a matrix [out, in], packed."""
+    def _packed(self, weight: Tensor, storage: int) -> np.ndarray:
+        """The bytes of a matrix [out, in], packed."""
+        most = self._native.blockllm_packed_bytes(*weight.shape, storage)
+        if storage not in native.FOLDED:
+            memory = self._arena.take(most)
+            self._pack(weight, storage, memory)
+            return memory
+        room = Arena().take(most)
+        nbytes = self._pack(weight, storage, room)
+        memory = self._arena.take(nbytes)
+        np.copyto(memory, room[:nbytes])
+        return memory
+
+    def _pack(self, weight: Tensor, storage: int, memory: np.ndarray) -> int:
+        """Write a matrix [out, in], packed; returns how many bytes that took."""
         view = (memory.ctypes.data, *weight.shape, storage)
         packing = native.PACKING.pack(*view, weight.data_ptr(), *weight.stride())
-        self._native.blockllm_pack(self._pool, packing)
+        return self._native.blockllm_pack(packing)
 
     def _fingerprint(self) -> str:
         """What packing does, in eight digits: taken of packed matrices whose elements all differ,

@@ -92,6 +92,12 @@ class Holdings:
                     self._parking.park(key, held.value)
                 self.release(held.parts, park=park)
 
+    def weigh(self, key: Hashable, nbytes: int) -> None:
+        """Take note of how many bytes something turned out to have."""
+        held = self._held[key]
+        self.resident_bytes += nbytes - held.nbytes
+        held.nbytes = nbytes
+
     def bytes_of(self, keys: list[Hashable]) -> int:
         """Bytes of the distinct things under `keys`, parts included."""
         return sum(held.nbytes for held in self._under(keys))

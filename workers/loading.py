@@ -88,6 +88,8 @@ def load(
         )
         if packer is not None:
             packer.settle()
+        for key, matrix in loading.packed:
+            holdings.weigh(key, matrix.nbytes)
     except BaseException:
         if packer is not None:
             packer.abandon()
@@ -192,6 +194,7 @@ class _Loading:
         self._context = context
         self.ops: Ops = holdings.ops
         self.used: list[Hashable] = []
+        self.packed: list[tuple[Hashable, Matrix]] = []  # whose size is known once they are there
         self._parts = self.used
 
     def unit_key(self, unit: UnitDigest) -> Hashable:
@@ -247,6 +250,7 @@ class _Loading:
 
         def make() -> Made:
             matrix = self._holdings.recall(key) or self._matrix(Form(digest, transposed))
+            self.packed.append((key, matrix))
             return matrix, matrix.nbytes, []
 
         key = ("matrix", digest, transposed)

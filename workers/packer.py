@@ -45,7 +45,7 @@ class Packer:
         self._forms = forms
         self._fillers = _threads(torch.get_num_threads(), "packer")
         self._keeper = _threads(1, "keeper")
-        self._jobs: dict[Future[None], PackedMatrix] = {}
+        self._jobs: dict[Future[None], int] = {}  # and the bytes that are to be packed
         self._mapped: list[PackedMatrix] = []
         self._moves: deque[tuple[PackedMatrix, Future[np.ndarray]]] = deque()
 
@@ -57,15 +57,16 @@ class Packer:
     def matrix(
         self, form: Form, shape: tuple[int, int], dtype: torch.dtype, weight: Callable[[], Tensor]
     ) -> Matrix:
-        """A matrix [out, in], there when `settle` returns; `weight` gives what to pack if need be,
-        in a thread of ours."""
-        kept = self._forms and self._forms.map(form, self._packs.nbytes(*shape, dtype))
+        """A matrix [out, in], there when `settle` returns, and its size known; `weight` gives what
+        to pack if need be, in a thread of ours."""
+        kept = self._forms and self._forms.map(form)
         if kept is not None:
             matrix = self._packs.over(np.frombuffer(kept, np.uint8), *shape, dtype)
             self._mapped.append(matrix)
             return matrix
         matrix = self._packs.reserve(*shape, dtype)
-        self._jobs[_submit(self._fillers, lambda: self._fill(matrix, form, weight))] = matrix
+        job = _submit(self._fillers, lambda: self._fill(matrix, form, weight))
+        self._jobs[job] = shape[0] * shape[1] * dtype.itemsize
         return matrix
 
     def settle(self) -> None:
@@ -127,9 +128,8 @@ def packer_for(ops: Ops, zoo: Path | None = None) -> Packer | None:
     return Packer(ops.packing, PackedForms(zoo, ops.packing.layout) if zoo else None)
 
 
-def _show(jobs: dict[Future[None], PackedMatrix], pending: set[Future[None]]) -> None:
-    left = sum(jobs[job].nbytes for job in pending)
-    whole = sum(matrix.nbytes for matrix in jobs.values())
+def _show(jobs: dict[Future[None], int], pending: set[Future[None]]) -> None:
+    left, whole = sum(jobs[job] for job in pending), sum(jobs.values())
     _log.info("packing weights: %d %% of %d MB", 100 - 100 * left // whole, whole >> 20)
 
 

@@ -3,7 +3,7 @@ only the first start has to decode and pack them.
 
 A file `packed/LAYOUT/DI/DIGEST` (`.t` where the object was turned first) is the form's bytes and a
 seal with its name. It is a cache, written without the zoo's lock and never synced: one that a power
-loss cut short has not its size, and whoever lacks a form makes it anew. `zoo.keeping.sweep` removes
+loss cut short has no seal, and whoever lacks a form makes it anew. `zoo.keeping.sweep` removes
 the forms of objects that are gone. Called by `workers.packer`.
 """
 
@@ -48,15 +48,15 @@ class PackedForms:
         self._lock = threading.Lock()
         self._is_refused = False
 
-    def map(self, form: Form, nbytes: int) -> memoryview | None:
-        """A form's bytes, read-only; None if there is none of that size."""
+    def map(self, form: Form) -> memoryview | None:
+        """A form's bytes, read-only; None if there is none that is whole."""
         seal = self._seal(form)
         try:
             content = map_file(self._place(form))
         except OSError:
             return None
-        is_whole = len(content) == nbytes + len(seal) and bytes(content[nbytes:]) == seal
-        return content[:nbytes] if is_whole else None
+        end = len(content) - len(seal)
+        return content[:end] if end > 0 and bytes(content[end:]) == seal else None
 
     def write(self, form: Form, memory: memoryview) -> None:
         """Keep a form, if that is possible; the first time that it is not, a warning says why."""

@@ -6,6 +6,7 @@
 #include "chunk.h"
 #include "exports.h"
 #include "product.h"
+#include "reading.h"
 #include "scratch.h"
 #include "tile.h"
 
@@ -21,28 +22,42 @@ void multiply_cut(const Matrix& m, const float* x, int64_t rows, float* sums) {
                  [](const Rows&, int64_t, int64_t) { return Lines{}; });
 }
 
+template <class T, class Source>
+void multiply_panels(const Matrix& m, const float* packed, int64_t rows, float* sums) {
+  const int64_t panels = panels_of(m.out), most = panels_per_tile(rows);
+  for (int64_t at = 0; at < panels;) {
+    const Rows some = Source::together(m, {at, panels - at}, most);
+    const Source source(m, some, most, 1);
+    for (int64_t i = 0; i < source.runs(); ++i) {
+      const Rows run = source.run(i);
+      const int64_t tiles = ceil_div(some.count, most);
+      for (int64_t n = 0; n < tiles; ++n) {
+        const Rows tile{n * most, std::min(most, some.count - n * most)};
+        const auto laid = source.take(i, tile);
+        const Stream soon = source.next(i, tile, 0);
+        tile_for<T>(rows, tile.count)(
+            {packed + run.first * rows, laid.at, laid.apart, run.count,
+             sums + (at + tile.first) * rows * kPanel, rows * kPanel, i == 0, soon,
+             {soon.at, 0, 0}});
+      }
+    }
+    at += some.count;
+  }
+}
+
 void multiply_packed(const Matrix& m, const float* x, int64_t rows, float* sums) {
-  const int64_t panels = panels_of(m.out), stride = m.in * kPanel;
   float* packed = scratch<kDetourRows>(rows * m.in);
   pack_group(x, m.in, rows, packed);
+  if (m.storage == Storage::kFolded)
+    return multiply_panels<BFloat16, FoldedPanelRuns>(m, packed, rows, sums);
   with_storage(m.storage, [&](auto type) {
-    using T = decltype(type);
-    const auto* weights = static_cast<const typename T::Element*>(m.data);
-    for (int64_t i = 0; i < panels;) {
-      const int64_t wide = tile_panels(rows, panels - i);
-      const Stream soon{reinterpret_cast<const char*>(weights + i * stride) + kAhead,
-                        kPanel * static_cast<int64_t>(sizeof(typename T::Element))};
-      tile_for<T>(rows, wide)({packed, weights + i * stride, stride, m.in,
-                               sums + i * rows * kPanel, rows * kPanel, true, soon,
-                               Stream{soon.at, 0}});
-      i += wide;
-    }
+    multiply_panels<decltype(type), PanelRuns<decltype(type)>>(m, packed, rows, sums);
   });
 }
 
 // sums[panel][row][kPanel] = rows [rows, in] times the matrix, plus bias.
 void transform(const Matrix& m, const float* bias, const float* x, int64_t rows, float* sums) {
-  m.storage == Storage::kTiles ? multiply_cut(m, x, rows, sums) : multiply_packed(m, x, rows, sums);
+  are_tiles(m.storage) ? multiply_cut(m, x, rows, sums) : multiply_packed(m, x, rows, sums);
   for (int64_t c = 0; bias != nullptr && c < m.out; ++c)
     for (int64_t r = 0; r < rows; ++r)
       sums[(c / kPanel * rows + r) * kPanel + c % kPanel] += bias[c];

@@ -41,6 +41,8 @@ void multiply_rows(const TileRun& run) {
       sums[at / 2][at % 2][i] = run.begins ? zero() : load(from + i * kPanel);
   }
   const uint16_t *row = run.rows, *weights = run.weights;
+  const char* soon = run.soon.at;
+  const int64_t pace = run.soon.pace / (kDepth / 2);  // per pair
   Fetching<PIECES> fetching(run);
   for (int64_t step = 0; step < run.steps; ++step, weights += kStepWeights) {
     for (int piece = 0; piece < PIECES; ++piece, row += M * kDepth) {
@@ -48,12 +50,13 @@ void multiply_rows(const TileRun& run) {
 #pragma GCC unroll 4
       for (int64_t pair = 0; pair < kDepth; pair += 2) {
         __m512bh w[P][2];
+        if constexpr (P > 1) soon += pace;
 #pragma GCC unroll 4
         for (int p = 0; p < P; ++p) {
           const uint16_t* at = weights + p * run.panel_stride + pair * 16;
           if constexpr (P > 1) {
-            _mm_prefetch(reinterpret_cast<const char*>(at) + kAhead, _MM_HINT_T0);
-            _mm_prefetch(reinterpret_cast<const char*>(at + kTileWeights) + kAhead, _MM_HINT_T0);
+            _mm_prefetch(soon + p * run.soon.apart, _MM_HINT_T0);
+            _mm_prefetch(soon + p * run.soon.apart + 64, _MM_HINT_T0);
           }
           w[p][0] = pairs(at);
           w[p][1] = pairs(at + kTileWeights);
@@ -81,10 +84,11 @@ void multiply_rows(const TileRun& run) {
 template <int PIECES, int M>
 void multiply_rows_of(const TileRun& run) {
   if constexpr (M == 1) {
-    if (run.panels >= 4) return multiply_rows<PIECES, M, 4>(run);
+    if (run.panels == 4) return multiply_rows<PIECES, M, 4>(run);
+    if (run.panels == 3) return multiply_rows<PIECES, M, 3>(run);
   }
   if constexpr (M <= 2) {
-    if (run.panels >= 2) return multiply_rows<PIECES, M, 2>(run);
+    if (run.panels == 2) return multiply_rows<PIECES, M, 2>(run);
   }
   multiply_rows<PIECES, M, 1>(run);
 }

@@ -11,6 +11,9 @@ void blockllm_close(Pool* pool) { delete pool; }
 int64_t blockllm_panel() { return kPanel; }
 int64_t blockllm_bf16_storage(int64_t rounding) {
   const bool in_tiles = kExactInTiles || (kHasTiles && rounding != 0);
-  return static_cast<int64_t>(in_tiles ? Storage::kTiles : Storage::kBF16);
+  const Storage storage = kExactInTiles ? Storage::kTiles
+                          : in_tiles    ? Storage::kFoldedTiles
+                                        : Storage::kFolded;
+  return static_cast<int64_t>(storage);
 }
 int64_t blockllm_rounds() { return kHasTiles ? 1 : 0; }

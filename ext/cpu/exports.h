@@ -11,9 +11,10 @@ BLOCKLLM_EXPORT int64_t blockllm_panel();         // outputs per panel
 // How weights of bfloat16 are to be packed, where rounding is allowed or is not.
 BLOCKLLM_EXPORT int64_t blockllm_bf16_storage(int64_t rounding);
 BLOCKLLM_EXPORT int64_t blockllm_rounds();  // whether rounding makes anything faster
+// Bytes that a packed matrix takes, at most; how many it took is what packing gives.
 BLOCKLLM_EXPORT int64_t blockllm_packed_bytes(int64_t out, int64_t in, int64_t storage);
+BLOCKLLM_EXPORT int64_t blockllm_pack(const blockllm::Packing* packing);
 
-BLOCKLLM_EXPORT void blockllm_pack(blockllm::Pool* pool, const blockllm::Packing* packing);
 BLOCKLLM_EXPORT void blockllm_embed(blockllm::Pool* pool, const blockllm::EmbedCall* call);
 BLOCKLLM_EXPORT void blockllm_project(blockllm::Pool* pool, const blockllm::ProjectCall* call);
 BLOCKLLM_EXPORT void blockllm_attend(blockllm::Pool* pool, const blockllm::AttendCall* call);

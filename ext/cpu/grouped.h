@@ -98,12 +98,13 @@ void multiply_groups(const GroupedCall& call, float* sums) {
       const Rows group = part(call.rows, row_groups, g);
       const float* a = call.packed + group.first * m.in + first * group.count;
       float* to = sums + group.first * kPanel;
-      const Stream next{reinterpret_cast<const char*>(codes) + kAhead, g == 0 ? kElements<T> : 0};
+      const Stream next{reinterpret_cast<const char*>(codes) + kAhead, g == 0 ? kElements<T> : 0,
+                        apart};
       const Group scale{reinterpret_cast<const uint16_t*>(at), apart / 2,
                         T::kOffsets ? call.row_sums + j * call.stride + group.first : nullptr};
       const auto tile = [&](auto type, const auto* from) {
         tile_for<decltype(type)>(group.count, call.panels.count)(
-            {a, from, apart, run, to, call.rows * kPanel, j == 0, next, {next.at, 0}, scale});
+            {a, from, apart, run, to, call.rows * kPanel, j == 0, next, {next.at, 0, 0}, scale});
       };
       if (turned != nullptr) {
         tile(Float32{}, turned);

@@ -142,7 +142,7 @@ void expand(const Segment& s, const Rows& panels, const Rows& chunk, const float
   const auto* b = static_cast<const typename T::Element*>(s.b) + panels.first * stride;
   for_groups(s, chunk, [&](const Rows& group) {
     const float* a = shrunk + s.offset + (group.first - s.first) * s.rank;
-    const Stream idle{reinterpret_cast<const char*>(a), 0};
+    const Stream idle{reinterpret_cast<const char*>(a), 0, 0};
     float* to = sums + (group.first - chunk.first) * kPanel;
     for (int64_t i = 0; i < panels.count;) {
       const int64_t wide = tile_panels(group.count, panels.count - i);

@@ -84,7 +84,9 @@ void with_storage(Storage storage, Body&& body) {
     case Storage::kTiles:
     case Storage::kInt8:
     case Storage::kInt4:
-      return;  // tiles and codes are read by tiles.h and grouped.h alone
+    case Storage::kFolded:
+    case Storage::kFoldedTiles:
+      return;  // read by product.h, grouped.h and folded.h alone
   }
 }
 

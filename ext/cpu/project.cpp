@@ -126,8 +126,14 @@ struct Jobs {
   explicit Jobs(const Projection& projection)
       : p(projection), first(projection.call.mode == Mode::kGate ? 1 : 0) {}
 
+  // Panels of a job of the i-th layer.
+  int64_t panels(int64_t i) const {
+    const Matrix& m = *p.call.linears[i].matrix;
+    return is_folded(m.storage) ? bundle_of(panels_of(m.out)) : p.panels_per_job;
+  }
+
   int64_t of_layer(int64_t i) const {
-    return ceil_div(panels_of(p.call.linears[i].matrix->out), p.panels_per_job);
+    return ceil_div(panels_of(p.call.linears[i].matrix->out), panels(i));
   }
 
   int64_t count() const {
@@ -149,10 +155,10 @@ struct Jobs {
     int64_t i = first;
     for (; job >= of_layer(i); ++i) job -= of_layer(i);
     const LinearCall& linear = p.call.linears[i];
-    const int64_t begin = job * p.panels_per_job, room = room_of(linear, chunk) * kPanel;
+    const int64_t begin = job * this->panels(i), room = room_of(linear, chunk) * kPanel;
     const int64_t gate_room = room_of(p.call.linears[0], chunk) * kPanel;
-    const Rows panels{begin, std::min(p.panels_per_job, panels_of(linear.matrix->out) - begin)};
-    float* sums = scratch<kSums>(p.panels_per_job * (room + gate_room));
+    const Rows panels{begin, std::min(this->panels(i), panels_of(linear.matrix->out) - begin)};
+    float* sums = scratch<kSums>(panels.count * (room + gate_room));
     float* gate = sums + panels.count * room;
     compute(p, i, panels, chunk, sums);
     if (first == 1) compute(p, 0, panels, chunk, gate);
@@ -293,9 +299,9 @@ void blockllm::foresee(Pool* pool, const ProjectCall& call) {
     if (i == call.count) continue;
     const Matrix& m = *call.linears[i].matrix;
     if (is_grouped(m.storage)) continue;
-    const int64_t panels = panels_of(m.out), first = job * p.panels_per_job;
-    const int64_t bytes = blockllm_packed_bytes(m.out, m.in, static_cast<int64_t>(m.storage));
-    pool->foresee(thread, static_cast<const char*>(m.data) + bytes / panels * first,
-                  std::min(kForeseen, bytes / panels * (panels - first)));
+    const int64_t panels = panels_of(m.out), first = job * jobs.panels(i);
+    const Rows lie = bytes_of(m, {first, panels - first});
+    pool->foresee(thread, static_cast<const char*>(m.data) + lie.first,
+                  std::min(kForeseen, lie.count));
   }
 }

@@ -4,6 +4,7 @@
 #include "grouped.h"
 #include "lora.h"
 #include "product.h"
+#include "reading.h"
 #include "runs.h"
 #include "scratch.h"
 
@@ -17,9 +18,6 @@ void foresee(Pool* pool, const ProjectCall& call);
 // Rows per task, and up to how many are not divided.
 constexpr int64_t kChunk = 48;
 constexpr int64_t kOneChunk = 96;
-// Inputs per pass, in bytes of a panel: it stays near while groups of rows pass.
-constexpr int64_t kRunBytes = kLanes == 8 ? 32 << 10 : 16 << 10;
-
 // Of each of the call's rows.
 inline int64_t pieces_of(const ProjectCall& call) { return call.rounding != 0 ? 1 : kExactPieces; }
 
@@ -50,7 +48,7 @@ struct Chunk {
 };
 
 inline bool in_tiles(const LinearCall& linear) {
-  return kHasTiles && linear.matrix->storage == Storage::kTiles;
+  return kHasTiles && are_tiles(linear.matrix->storage);
 }
 
 // Rows that the sums of one panel have room for.
@@ -58,10 +56,10 @@ inline int64_t room_of(const LinearCall& linear, const Chunk& chunk) {
   return in_tiles(linear) ? chunk.cut.groups.room() : chunk.rows.count;
 }
 
-// What to fetch meanwhile of the slot-th segment of the layer's patch, or `none`.
+// What to fetch meanwhile of the slot-th segment of the layer's patch, or nothing.
 inline Stream patch_piece(const LinearCall& linear, int64_t slot, const Rows& panels, int64_t steps,
-                          const Stream& none) {
-  if (linear.patch == nullptr || slot >= linear.patch->count) return none;
+                          const Stream& soon) {
+  if (linear.patch == nullptr || slot >= linear.patch->count) return {soon.at, 0, 0};
   return piece_of(linear.patch->segments()[slot], panels, steps);
 }
 
@@ -96,36 +94,35 @@ inline void fetch_target(const LinearCall& linear, int64_t panel, const Rows& ro
   }
 }
 
-// sums[panel][row][kPanel] of `panels`, for one chunk of rows. Meanwhile the next run is fetched, a
-// share by each group, and the patch's pieces, one by each group and run.
-template <class T>
+// sums[panel][row][kPanel] of `panels`, which are read together, for one chunk of rows. Meanwhile the
+// next run is fetched, a share by each group, and the patch's pieces, one by each group and run.
+template <class T, class Source>
 void multiply(const Projection& p, const LinearCall& linear, const Rows& panels, const Chunk& chunk,
               float* sums) {
-  using Element = typename T::Element;
   const Matrix& m = *linear.matrix;
-  const int64_t rows = chunk.rows.count, stride = m.in * kPanel, groups = groups_of(rows);
-  const auto* weights = static_cast<const Element*>(m.data) + panels.first * stride;
-  const int64_t step = kPanel * sizeof(Element);
-  const int64_t runs = groups == 1 ? 1 : ceil_div(m.in, kRunBytes / step);
-  for (int64_t i = 0; i < runs; ++i) {
-    const Rows run = part(m.in, runs, i);
-    const Element* from = weights + run.first * kPanel;
-    const char* next =
-        reinterpret_cast<const char*>(from) + (groups == 1 ? kAhead : run.count * step);
-    for (int64_t g = 0; g < groups; ++g) {
-      const Rows group = part(rows, groups, g);
-      const float* a = chunk.packed + group.first * m.in + run.first * group.count;
-      float* to = sums + group.first * kPanel;
-      const int64_t pace = groups == 1 ? step : ceil_div(step, groups);
-      const Stream soon = {next + g * pace * run.count, pace};
-      const Stream later = patch_piece(linear, i * groups + g, panels, run.count, {next, 0});
-      if (p.chunks > 1) {
-        const Rows some = part(group.count, runs, i);
-        const int64_t first = chunk.rows.first + group.first + some.first;
-        fetch_target(linear, panels.first, {first, some.count});
+  const int64_t rows = chunk.rows.count, groups = groups_of(rows);
+  const int64_t most = panels_per_tile(ceil_div(rows, groups)), tiles = ceil_div(panels.count, most);
+  const Source source(m, panels, most, groups);
+  for (int64_t i = 0; i < source.runs(); ++i) {
+    const Rows run = source.run(i);
+    for (int64_t t = 0; t < tiles; ++t) {
+      const Rows tile{t * most, std::min(most, panels.count - t * most)};
+      const auto laid = source.take(i, tile);
+      for (int64_t g = 0; g < groups; ++g) {
+        const Rows group = part(rows, groups, g);
+        const Stream soon = source.next(i, tile, g);
+        const Stream later =
+            patch_piece(linear, (i * tiles + t) * groups + g, panels, run.count, soon);
+        if (p.chunks > 1) {
+          const Rows some = part(group.count, source.runs(), i);
+          fetch_target(linear, panels.first + tile.first,
+                       {chunk.rows.first + group.first + some.first, some.count});
+        }
+        tile_for<T>(group.count, tile.count)(
+            {chunk.packed + group.first * m.in + run.first * group.count, laid.at, laid.apart,
+             run.count, sums + (tile.first * rows + group.first) * kPanel, rows * kPanel, i == 0,
+             soon, later});
       }
-      tile_for<T>(group.count, panels.count)(
-          {a, from, stride, run.count, to, rows * kPanel, i == 0, soon, later});
     }
   }
 }
@@ -145,20 +142,32 @@ inline void multiply_codes(const Projection& p, const LinearCall& linear, const 
   }
 }
 
+template <class T, class Source>
+void multiply_each(const Projection& p, const LinearCall& linear, const Rows& panels,
+                   const Chunk& chunk, float* sums) {
+  const int64_t rows = chunk.rows.count, tile = panels_per_tile(ceil_div(rows, groups_of(rows)));
+  for (int64_t at = 0; at < panels.count;) {
+    const Rows left{panels.first + at, panels.count - at};
+    const Rows some = Source::together(*linear.matrix, left, tile);
+    multiply<T, Source>(p, linear, some, chunk, sums + at * rows * kPanel);
+    at += some.count;
+  }
+}
+
 // The same of any number of panels, of any storage.
 inline void multiply_panels(const Projection& p, const LinearCall& linear, const Rows& panels,
                             const Chunk& chunk, float* sums) {
+  const Storage storage = linear.matrix->storage;
+  if (storage == Storage::kFolded)
+    return multiply_each<BFloat16, FoldedPanelRuns>(p, linear, panels, chunk, sums);
+  if (!is_grouped(storage))
+    return with_storage(storage, [&](auto type) {
+      multiply_each<decltype(type), PanelRuns<decltype(type)>>(p, linear, panels, chunk, sums);
+    });
   const int64_t rows = chunk.rows.count, tallest = ceil_div(rows, groups_of(rows));
   for (int64_t at = 0; at < panels.count;) {
     const Rows some{panels.first + at, tile_panels(tallest, panels.count - at)};
-    float* to = sums + at * rows * kPanel;
-    if (is_grouped(linear.matrix->storage)) {
-      multiply_codes(p, linear, some, chunk, to);
-    } else {
-      with_storage(linear.matrix->storage, [&](auto type) {
-        multiply<decltype(type)>(p, linear, some, chunk, to);
-      });
-    }
+    multiply_codes(p, linear, some, chunk, sums + at * rows * kPanel);
     at += some.count;
   }
 }

@@ -5,13 +5,23 @@
 
 namespace blockllm {
 
-// kTiles: bfloat16 in tiles (tiles.h), of weights alone; the others lie in panels. kInt8
-// and kInt4 are codes (grouped.h), of weights alone, too.
-enum class Storage : int64_t { kF32 = 0, kBF16 = 1, kF16 = 2, kTiles = 3, kInt8 = 4, kInt4 = 5 };
+// kTiles: bfloat16 in tiles (tiles.h); kInt8 and kInt4: codes (grouped.h); kFolded and kFoldedTiles:
+// bfloat16 in panels and in tiles, folded (folded.h): of weights alone. The others lie in panels.
+enum class Storage : int64_t {
+  kF32 = 0,
+  kBF16 = 1,
+  kF16 = 2,
+  kTiles = 3,
+  kInt8 = 4,
+  kInt4 = 5,
+  kFolded = 6,
+  kFoldedTiles = 7,
+};
 enum class NormKind : int64_t { kNone = 0, kRms = 1, kLayer = 2 };
 enum class Act : int64_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3, kTanh = 4, kNone = 5 };
 
-// A packed weight [out, in]; its layout is described in panel.h, tiles.h and grouped.h.
+// A packed weight [out, in]; its layout is described in panel.h, tiles.h,
+// folded.h and grouped.h.
 struct Matrix {
   const void* data;
   int64_t out, in;

@@ -12,6 +12,7 @@ enum Use {
   // tiles of a projection
   kSums,
   kTurnedCodes,
+  kUnfolded,
   kLines,
   // rows of a projection
   kRow,

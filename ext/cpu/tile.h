@@ -4,6 +4,8 @@
 // that leave the registers between runs are stored and loaded exactly. So a row's result does not
 // depend on the tile that computed it, nor on the other rows of the batch.
 #pragma once
+#include <algorithm>
+
 #include "panel.h"
 
 namespace blockllm {
@@ -12,10 +14,11 @@ namespace blockllm {
 // page.
 constexpr int64_t kAhead = 2560;
 
-// Memory to fetch meanwhile: `pace` bytes per input.
+// Memory to fetch meanwhile: `pace` bytes per input, for each panel of a tile of several `apart`
+// bytes behind those of the one before.
 struct Stream {
   const char* at;
-  int64_t pace;
+  int64_t pace, apart;
 };
 
 // Elements of a panel that one input takes.
@@ -37,8 +40,7 @@ struct Group {
 };
 
 // What a tile reads and writes: `a` is [run][M], panels lie `panel_stride` elements apart, their
-// sums `sums_stride` floats. A tile of several panels fetches its own memory instead of the
-// streams.
+// sums `sums_stride` floats. Of a tile of several panels, `later` is not fetched.
 template <class Element>
 struct TileCall {
   const float* a;
@@ -136,9 +138,8 @@ void multiply_tile(const TileCall<typename T::Element>& c) {
       const Element* at = weights + j * kElements<T>;
       if constexpr (P > 1) {  // little is computed and a fetch may be dropped: most are asked twice
 #pragma GCC unroll 4
-        for (int p = 0; p < P; ++p)
-          _mm_prefetch(reinterpret_cast<const char*>(at + p * c.panel_stride) + kAhead,
-                       _MM_HINT_T0);
+        for (int p = 0; p < P; ++p) _mm_prefetch(soon + p * c.soon.apart, _MM_HINT_T0);
+        soon += c.soon.pace;
       }
       multiply_input<T, M, P>(a + j * M, at, c.panel_stride, low, high);
     }
@@ -165,11 +166,9 @@ void multiply_tile(const TileCall<typename T::Element>& c) {
 // multiply-add (two per cycle, four cycles: eight).
 constexpr int panels_per_tile(int64_t rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 
-// The panels of the next tile, where `left` remain: 4, 2 or 1.
+// The panels of the next tile, where `left` remain.
 inline int64_t tile_panels(int64_t rows, int64_t left) {
-  int64_t panels = panels_per_tile(rows);
-  while (panels > left) panels /= 2;
-  return panels;
+  return std::min<int64_t>(panels_per_tile(rows), left);
 }
 
 template <class T>
@@ -178,15 +177,16 @@ using TileFunction = void (*)(const TileCall<typename T::Element>&);
 template <class T, int M>
 TileFunction<T> tile_of_rows(int64_t panels) {
   if constexpr (M == 1) {
-    if (panels >= 4) return multiply_tile<T, M, 4>;
+    if (panels == 4) return multiply_tile<T, M, 4>;
+    if (panels == 3) return multiply_tile<T, M, 3>;
   }
   if constexpr (M <= 2) {
-    if (panels >= 2) return multiply_tile<T, M, 2>;
+    if (panels == 2) return multiply_tile<T, M, 2>;
   }
   return multiply_tile<T, M, 1>;
 }
 
-// The tile for `rows` <= kTileRows and at most `panels` panels (4, 2 or 1 are spanned).
+// The tile for `rows` <= kTileRows and as many panels as `tile_panels` says.
 template <class T, int M = 1>
 TileFunction<T> tile_for(int64_t rows, int64_t panels) {
   if constexpr (M < kTileRows) {

@@ -7,6 +7,7 @@
 #pragma once
 #include "chunk.h"
 #include "panel.h"
+#include "tile.h"
 
 namespace blockllm {
 
@@ -40,6 +41,10 @@ inline int64_t tile_place(int64_t c, int64_t k) {
          k % 2;
 }
 
+inline bool are_tiles(Storage storage) {
+  return storage == Storage::kTiles || storage == Storage::kFoldedTiles;
+}
+
 // Lines of memory to fetch.
 struct Lines {
   const char* const* at = nullptr;
@@ -57,8 +62,8 @@ struct TileRun {
   float* sums;          // of a group [height][kPanel], those of the next behind them
   int64_t sums_stride;  // floats from panel to panel
   bool begins;          // sums begin at zero
-  const char* soon;     // memory to fetch meanwhile, `lines` of 64 bytes per piece
-  int64_t lines;
+  Stream soon;          // to fetch meanwhile, its pace by steps
+  int64_t lines;        // of one panel: so many of 64 bytes per piece
   Lines later;  // and these, spread over the run
 };
 
@@ -67,7 +72,7 @@ template <int PIECES>
 class Fetching {
  public:
   explicit Fetching(const TileRun& run)
-      : soon_(run.soon),
+      : soon_(run.soon.at),
         lines_(run.lines),
         later_(run.later.at),
         end_(run.later.at + run.later.count),

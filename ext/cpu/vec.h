@@ -72,6 +72,23 @@ inline void nibble_pairs(const uint8_t* p, Vec& low, Vec& high) {
   low = _mm512_permutexvar_ps(words, numbers);
   high = _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4), numbers);
 }
+
+using Bytes = __m512i;
+
+inline Bytes load_bytes(const void* p) { return _mm512_loadu_si512(p); }
+inline void store_bytes(void* p, Bytes x) { _mm512_storeu_si512(p, x); }
+// 16 bytes, once in every 16.
+inline Bytes repeat_bytes(const uint8_t* p) {
+  return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+// Of 16 bytes that are repeated, those of the given numbers.
+inline Bytes look_up(Bytes table, Bytes numbers) { return _mm512_shuffle_epi8(table, numbers); }
+inline Bytes low_halves(Bytes x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
+inline Bytes high_halves(Bytes x) { return low_halves(_mm512_srli_epi16(x, 4)); }
+// Words of a low and a high byte: of the first and of the last 8 of every 16.
+inline Bytes pair_low(Bytes low, Bytes high) { return _mm512_unpacklo_epi8(low, high); }
+inline Bytes pair_high(Bytes low, Bytes high) { return _mm512_unpackhi_epi8(low, high); }
+
 inline __m256 fold(Vec a) {
   return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
 }
@@ -135,6 +152,22 @@ inline void nibble_pairs(const uint8_t* p, Vec& low, Vec& high) {
   low = _mm256_cvtepi32_ps(_mm256_and_si256(words, _mm256_set1_epi32(15)));
   high = _mm256_cvtepi32_ps(_mm256_srli_epi32(words, 4));
 }
+
+using Bytes = __m256i;
+
+inline Bytes load_bytes(const void* p) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+}
+inline void store_bytes(void* p, Bytes x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
+inline Bytes repeat_bytes(const uint8_t* p) {
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Bytes look_up(Bytes table, Bytes numbers) { return _mm256_shuffle_epi8(table, numbers); }
+inline Bytes low_halves(Bytes x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
+inline Bytes high_halves(Bytes x) { return low_halves(_mm256_srli_epi16(x, 4)); }
+inline Bytes pair_low(Bytes low, Bytes high) { return _mm256_unpacklo_epi8(low, high); }
+inline Bytes pair_high(Bytes low, Bytes high) { return _mm256_unpackhi_epi8(low, high); }
+
 inline __m256 fold(Vec a) { return a; }
 inline __m256 fold_max(Vec a) { return a; }
 

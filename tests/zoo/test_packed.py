@@ -13,8 +13,8 @@ ONE, OTHER = ObjectDigest("1" * 64), ObjectDigest("2" * 64)
 BYTES = bytes(range(256)) * 40
 
 
-def read(forms: PackedForms, form: Form, size: int = len(BYTES)) -> bytes | None:
-    content = forms.map(form, size)
+def read(forms: PackedForms, form: Form) -> bytes | None:
+    content = forms.map(form)
     return None if content is None else bytes(content)
 
 
@@ -49,7 +49,6 @@ def test_a_file_of_another_size_is_no_form(forms: PackedForms, tmp_path: Path, c
     assert read(forms, Form(ONE, turned=False)) is None
     forms.write(Form(ONE, turned=False), memoryview(BYTES))
     assert read(forms, Form(ONE, turned=False)) == BYTES
-    assert read(forms, Form(ONE, turned=False), len(BYTES) - 1) is None
 
 
 def test_a_place_that_takes_nothing_costs_one_warning(

@@ -1,0 +1,232 @@
+// bfloat16 weights in little more than three quarters of their bytes, without loss.
+//
+// The weights of a matrix differ little in size, so nearly all of a block of kBlock of them have one
+// of 16 high bytes (a sign and seven of the eight bits of an exponent). A block lists these, and the
+// few weights that have others; then come pieces of 2 * kBytes weights: for each the number of its
+// high byte, in 4 bits, and its low byte.
+//
+// A folded matrix is bundles of a few panels, on cache lines: the first block of each panel, the
+// second ones and so on, so that several panels are read as one stream; where a block has too many
+// other weights, the bundle's panels one behind the other, as they lie unfolded. Before them stands
+// where they begin, int64 [bundles + 1] in bytes, the lowest bit set if the bundle is of blocks.
+// Products unfold a few blocks at a time, in the order of panels (panel.h) or tiles (tiles.h), and
+// multiply them from the first-level cache.
+#pragma once
+#include <algorithm>
+#include <cstring>
+
+#include "chunk.h"
+#include "panel.h"
+#include "scratch.h"
+#include "tiles.h"
+
+namespace blockllm {
+
+inline bool is_folded(Storage storage) {
+  return storage == Storage::kFolded || storage == Storage::kFoldedTiles;
+}
+
+constexpr int64_t kBlock = 1024;
+constexpr int64_t kBlockInputs = kBlock / kPanel;
+constexpr int64_t kBytes = sizeof(Vec);
+constexpr int64_t kVector = kBytes / 2;  // weights
+constexpr int64_t kPieceBytes = 3 * kBytes, kPieces = kBlock / (4 * kVector);
+
+inline int64_t blocks_of(int64_t in) { return ceil_div(in, kBlockInputs); }
+
+struct BlockHead {
+  struct Other {
+    uint16_t place, weight;  // among the unfolded ones
+  };
+  static constexpr int64_t kMost = 11;
+
+  uint8_t high[16];
+  uint32_t others;
+  Other other[kMost];
+};
+static_assert(sizeof(BlockHead) == 64);
+
+constexpr int64_t kBlockBytes = sizeof(BlockHead) + kPieces * kPieceBytes;
+
+// Where the vectors of a block lie unfolded, in the order in which they are folded.
+struct PanelOrder {
+  static constexpr int64_t place(int64_t vector) { return vector * kVector; }
+};
+struct TileOrder {
+  static_assert(kVector == 32 || !kHasTiles);
+  static constexpr int64_t place(int64_t vector) {
+    return vector / 2 * kVector + vector % 2 * kTileWeights;
+  }
+};
+
+// Unfolds a block, and fetches what lies `ahead` bytes behind each line (0: nothing).
+template <class Order>
+[[gnu::always_inline]] inline void unfold_block(const char* block, int64_t ahead, uint16_t* to) {
+  const auto& head = *reinterpret_cast<const BlockHead*>(block);
+  const Bytes table = repeat_bytes(head.high);
+  const char* at = block + sizeof head;
+  if (ahead != 0) _mm_prefetch(block + ahead, _MM_HINT_T0);
+#pragma GCC unroll 16
+  for (int64_t piece = 0; piece < kPieces; ++piece, at += kPieceBytes) {
+    if (ahead != 0)
+      for (int64_t line = piece * kPieceBytes / 64; line < (piece + 1) * kPieceBytes / 64; ++line)
+        _mm_prefetch(block + sizeof head + line * 64 + ahead, _MM_HINT_T0);
+    const Bytes numbers = load_bytes(at);
+    const Bytes high[] = {look_up(table, low_halves(numbers)),
+                          look_up(table, high_halves(numbers))};
+#pragma GCC unroll 2
+    for (int64_t half = 0; half < 2; ++half) {
+      const Bytes low = load_bytes(at + (1 + half) * kBytes);
+      const int64_t vector = 4 * piece + 2 * half;
+      store_bytes(to + Order::place(vector), pair_low(low, high[half]));
+      store_bytes(to + Order::place(vector + 1), pair_high(low, high[half]));
+    }
+  }
+  // Nearly every block has at most two; what is not one is as the weight that it names.
+  to[head.other[0].place] = head.other[0].weight;
+  to[head.other[1].place] = head.other[1].weight;
+  for (uint32_t i = 2; i < head.others; ++i) to[head.other[i].place] = head.other[i].weight;
+}
+
+// Folds a block; false where it has too many others.
+template <class Order>
+bool fold_block(const uint16_t* weights, char* block) {
+  int32_t counts[256] = {};
+  for (int64_t i = 0; i < kBlock; ++i) ++counts[weights[i] >> 8];
+  uint8_t by_count[256];
+  for (int i = 0; i < 256; ++i) by_count[i] = static_cast<uint8_t>(i);
+  std::partial_sort(by_count, by_count + 16, by_count + 256, [&](uint8_t a, uint8_t b) {
+    return counts[a] != counts[b] ? counts[a] > counts[b] : a < b;
+  });
+  BlockHead head = {};
+  for (BlockHead::Other& other : head.other) other.weight = weights[0];
+  std::copy(by_count, by_count + 16, head.high);
+  uint8_t numbers[256];
+  std::memset(numbers, 16, sizeof numbers);
+  for (uint8_t i = 0; i < 16; ++i) numbers[head.high[i]] = i;
+  char* at = block + sizeof head;
+  std::memset(at, 0, static_cast<size_t>(kPieces * kPieceBytes));
+  for (int64_t vector = 0; vector < kBlock / kVector; ++vector) {
+    char* piece = at + vector / 4 * kPieceBytes;
+    const int64_t half = vector / 2 % 2;
+    for (int64_t i = 0; i < kVector; ++i) {
+      const int64_t place = Order::place(vector) + i, byte = i / 8 * 16 + vector % 2 * 8 + i % 8;
+      const uint16_t weight = weights[place];
+      int number = numbers[weight >> 8];
+      if (number == 16) {
+        if (head.others == BlockHead::kMost) return false;
+        head.other[head.others++] = {static_cast<uint16_t>(place), weight};
+        number = 0;
+      }
+      piece[byte] = static_cast<char>(piece[byte] | number << 4 * half);
+      piece[(1 + half) * kBytes + byte] = static_cast<char>(weight & 0xff);
+    }
+  }
+  std::memcpy(block, &head, sizeof head);
+  return true;
+}
+
+// Bytes of a panel as it lies unfolded.
+template <class Order>
+int64_t unfolded_bytes(int64_t in);
+template <>
+inline int64_t unfolded_bytes<PanelOrder>(int64_t in) {
+  return ceil_div(in * kPanel * 2, 64) * 64;
+}
+template <>
+inline int64_t unfolded_bytes<TileOrder>(int64_t in) {
+  return steps_of(in) * kStepWeights * 2;
+}
+
+// Panels of a bundle: so many that bundles come out whole and even in number, if that can be.
+inline int64_t bundle_of(int64_t panels) {
+  for (const int64_t size : {4, 3, 2})
+    if (panels % (2 * size) == 0) return size;
+  return 4;
+}
+
+// Where the bundles of a folded matrix lie.
+class Bundles {
+ public:
+  explicit Bundles(const Matrix& m)
+      : panels_(panels_of(m.out)),
+        size_(bundle_of(panels_)),
+        data_(static_cast<const char*>(m.data)),
+        starts_(static_cast<const int64_t*>(m.data)) {}
+
+  int64_t count() const { return ceil_div(panels_, size_); }
+  // Bytes of what says where they begin.
+  int64_t head_bytes() const { return ceil_div((count() + 1) * int64_t{sizeof(int64_t)}, 64) * 64; }
+  // The bundle that has a panel, and the panels of a bundle.
+  int64_t with(int64_t panel) const { return panel / size_; }
+  Rows panels(int64_t bundle) const {
+    const int64_t first = bundle * size_;
+    return {first, std::min(size_, panels_ - first)};
+  }
+  bool is_folded(int64_t bundle) const { return (starts_[bundle] & 1) != 0; }
+  int64_t offset(int64_t bundle) const { return starts_[bundle] & ~int64_t{1}; }
+  const char* at(int64_t bundle) const { return data_ + offset(bundle); }
+
+ private:
+  const int64_t panels_, size_;
+  const char* const data_;
+  const int64_t* const starts_;
+};
+
+// Of some panels, the first that are of one bundle.
+inline Rows panels_together(const Matrix& m, const Rows& panels) {
+  const Bundles bundles(m);
+  const Rows all = bundles.panels(bundles.with(panels.first));
+  return {panels.first, std::min(all.first + all.count - panels.first, panels.count)};
+}
+
+// Weights of some panels, from each panel to the next `apart` elements.
+template <class Element>
+struct Laid {
+  const Element* at;
+  int64_t apart;
+};
+
+// Some panels of one bundle, read by runs of blocks.
+template <class Order>
+class Unfolding {
+ public:
+  Unfolding(const Matrix& m, const Rows& panels)
+      : Unfolding(Bundles(m), panels, unfolded_bytes<Order>(m.in)) {}
+
+  // The first panel's block; those of the other panels lie behind it.
+  const char* block(int64_t i) const { return at_ + i * step_; }
+  // Bytes of a panel's block.
+  int64_t block_bytes() const { return is_folded_ ? kBlockBytes : kBlock * 2; }
+
+  // The weights that some of the panels have in some blocks. Meanwhile lines `ahead` bytes behind
+  // them are fetched.
+  Laid<uint16_t> take(const Rows& blocks, const Rows& panels, int64_t ahead) const {
+    if (!is_folded_) {
+      const char* at = at_ + panels.first * whole_ + blocks.first * block_bytes();
+      return {reinterpret_cast<const uint16_t*>(at), whole_ / 2};
+    }
+    auto* const to = scratch<kUnfolded, uint16_t>(panels.count * blocks.count * kBlock);
+    for (int64_t b = 0; b < blocks.count; ++b)
+      for (int64_t p = 0; p < panels.count; ++p)
+        unfold_block<Order>(block(blocks.first + b) + (panels.first + p) * kBlockBytes, ahead,
+                            to + (p * blocks.count + b) * kBlock);
+    return {to, blocks.count * kBlock};
+  }
+
+ private:
+  Unfolding(const Bundles& bundles, const Rows& panels, int64_t whole) : whole_(whole) {
+    const int64_t bundle = bundles.with(panels.first);
+    const Rows all = bundles.panels(bundle);
+    is_folded_ = bundles.is_folded(bundle);
+    step_ = is_folded_ ? all.count * kBlockBytes : kBlock * 2;
+    at_ = bundles.at(bundle) + (panels.first - all.first) * (is_folded_ ? kBlockBytes : whole);
+  }
+
+  const int64_t whole_;
+  const char* at_;
+  int64_t step_;
+  bool is_folded_;
+};
+
+}  // namespace blockllm

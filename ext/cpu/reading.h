@@ -1,0 +1,168 @@
+// How products read the weights of some panels: a run of inputs at a time, as they are stored or
+// unfolded.
+#pragma once
+#include "folded.h"
+#include "tile.h"
+
+namespace blockllm {
+
+// Inputs per pass, in bytes of a panel: it stays near while groups of rows pass.
+constexpr int64_t kRunBytes = kLanes == 8 ? 32 << 10 : 16 << 10;
+// So many steps of a panel stay in the first-level cache while many groups of rows pass. Of rows in
+// several pieces, more is multiplied per load, and whole panels are.
+constexpr int64_t kRunSteps = 10;
+
+// Some panels of a matrix as they are stored, of which one tile is multiplied at a time.
+template <class T>
+class PanelRuns {
+  using Element = typename T::Element;
+
+ public:
+  // The panels that are read together: from some of a matrix on, where tiles have so many.
+  static Rows together(const Matrix&, const Rows& panels, int64_t tile) {
+    return {panels.first, std::min(tile, panels.count)};
+  }
+
+  // For tiles of so many panels, and groups of rows.
+  PanelRuns(const Matrix& m, const Rows& panels, int64_t, int64_t groups)
+      : weights_(static_cast<const Element*>(m.data) + panels.first * m.in * kPanel),
+        in_(m.in),
+        groups_(groups) {}
+
+  int64_t runs() const { return groups_ == 1 ? 1 : ceil_div(in_, kRunBytes / kInputBytes); }
+  // The inputs of a run.
+  Rows run(int64_t i) const { return part(in_, runs(), i); }
+  // The weights that a tile's panels have in it.
+  Laid<Element> take(int64_t i, const Rows& tile) const {
+    return {weights_ + run(i).first * kPanel + tile.first * in_ * kPanel, in_ * kPanel};
+  }
+  // What to fetch while the g-th group of rows passes some panels of a run.
+  Stream next(int64_t i, const Rows&, int64_t g) const {
+    const char* from = reinterpret_cast<const char*>(weights_ + run(i).first * kPanel);
+    if (groups_ == 1) return {from + kAhead, kInputBytes, in_ * kInputBytes};
+    const int64_t pace = ceil_div(kInputBytes, groups_);
+    return {from + run(i).count * (kInputBytes + g * pace), pace, 0};
+  }
+
+ private:
+  static constexpr int64_t kInputBytes = kPanel * sizeof(Element);
+
+  const Element* const weights_;
+  const int64_t in_, groups_;
+};
+
+// Tiles, whose runs are of steps: as they are stored.
+class TileRuns {
+ public:
+  static Rows together(const Matrix&, const Rows& panels, int64_t tile) {
+    return {panels.first, std::min(tile, panels.count)};
+  }
+
+  TileRuns(const Matrix& m, const Rows& panels, int64_t, int64_t turns)
+      : steps_(steps_of(m.in)),
+        runs_(turns == 1 ? 1 : ceil_div(steps_, kRunSteps)),
+        weights_(static_cast<const uint16_t*>(m.data) + panels.first * steps_ * kStepWeights) {}
+
+  int64_t runs() const { return runs_; }
+  Rows run(int64_t i) const { return part(steps_, runs_, i); }
+  Laid<uint16_t> take(int64_t i, const Rows& tile) const {
+    const int64_t apart = steps_ * kStepWeights;
+    return {weights_ + run(i).first * kStepWeights + tile.first * apart, apart};
+  }
+  // `pace` is of steps.
+  Stream next(int64_t i, const Rows&) const {
+    const char* from = reinterpret_cast<const char*>(weights_ + run(i).first * kStepWeights);
+    return {runs_ == 1 ? from + kAhead : from + run(i).count * kStepBytes, kStepBytes,
+            steps_ * kStepBytes};
+  }
+
+ private:
+  static constexpr int64_t kStepBytes = kStepWeights * sizeof(uint16_t);
+
+  const int64_t steps_, runs_;
+  const uint16_t* const weights_;
+};
+
+// Blocks that are unfolded at a time, for tiles of several panels and of one; and what unfolding for
+// the former, which wait for memory, fetches ahead, in bytes.
+constexpr int64_t kBlocksOfSeveral = 4, kBlocksOfOne = 8;
+constexpr int64_t kUnfoldAhead = 5 * kBlockBytes;
+
+// A bundle's panels, folded, or some of them. A run's part of a tile is unfolded when that tile is
+// next, while the next run of them all is fetched as it lies.
+template <class Order>
+class FoldedRuns {
+ public:
+  static Rows together(const Matrix& m, const Rows& panels, int64_t) {
+    return panels_together(m, panels);
+  }
+
+  FoldedRuns(const Matrix& m, const Rows& panels, int64_t tile, int64_t)
+      : unfolding_(m, panels),
+        blocks_(blocks_of(m.in)),
+        runs_(ceil_div(blocks_ * tile, tile > 1 ? kBlocksOfSeveral : kBlocksOfOne)),
+        ahead_(tile > 1 ? kUnfoldAhead : 0) {}
+
+  int64_t runs() const { return runs_; }
+  Laid<uint16_t> take(int64_t i, const Rows& tile) const {
+    return unfolding_.take(blocks(i), tile, ahead_);
+  }
+
+ protected:
+  Rows blocks(int64_t i) const { return part(blocks_, runs_, i); }
+  // A tile's share of the next run.
+  const char* soon(int64_t i, const Rows& tile) const {
+    const Rows run = blocks(i);
+    return unfolding_.block(run.first + run.count) + tile.first * run.count * block_bytes();
+  }
+  int64_t block_bytes() const { return unfolding_.block_bytes(); }
+
+ private:
+  const Unfolding<Order> unfolding_;
+  const int64_t blocks_, runs_, ahead_;
+};
+
+class FoldedPanelRuns : public FoldedRuns<PanelOrder> {
+ public:
+  FoldedPanelRuns(const Matrix& m, const Rows& panels, int64_t tile, int64_t groups)
+      : FoldedRuns(m, panels, tile, groups), in_(m.in), groups_(groups) {}
+
+  Rows run(int64_t i) const {
+    const Rows run = blocks(i);
+    const int64_t first = run.first * kBlockInputs;
+    return {first, std::min(run.count * kBlockInputs, in_ - first)};
+  }
+  Stream next(int64_t i, const Rows& tile, int64_t g) const {
+    const int64_t each = ceil_div(block_bytes(), kBlockInputs * groups_);
+    return {soon(i, tile) + g * each * run(i).count, each * tile.count, each};
+  }
+
+ private:
+  const int64_t in_, groups_;
+};
+
+class FoldedTileRuns : public FoldedRuns<TileOrder> {
+ public:
+  using FoldedRuns::FoldedRuns;
+
+  Rows run(int64_t i) const { return blocks(i); }
+  Stream next(int64_t i, const Rows& tile) const {
+    return {soon(i, tile), block_bytes() * tile.count, block_bytes() / (kDepth / 2)};
+  }
+};
+
+// Where some panels of a matrix lie in its memory, in bytes.
+inline Rows bytes_of(const Matrix& m, const Rows& panels) {
+  const int64_t last = panels.first + panels.count;
+  if (is_folded(m.storage)) {
+    const Bundles bundles(m);
+    const int64_t first = bundles.offset(bundles.with(panels.first));
+    return {first, bundles.offset(bundles.with(last - 1) + 1) - first};
+  }
+  const int64_t each = m.storage == Storage::kTiles
+                           ? unfolded_bytes<TileOrder>(m.in)
+                           : m.in * kPanel * (m.storage == Storage::kF32 ? 4 : 2);
+  return {each * panels.first, each * panels.count};
+}
+
+}  // namespace blockllm
