@@ -149,9 +149,9 @@ class Packing:
         return self._native.blockllm_pack(packing)
 
     def _fingerprint(self) -> str:
-        """What packing does, in eight digits: taken of packed matrices whose elements all differ,
-        so that it changes whenever the panels do."""
-        out, width = 2 * self.panel + 3, 70
+        """What packing does, in eight digits: taken of packed matrices of several panels whose
+        elements all differ, so that it changes whenever the panels do."""
+        out, width = 6 * self.panel - 5, 70
         bits = torch.arange(out * width, dtype=torch.int32)
         sha = hashlib.sha256()
         for dtype in native.STORAGE:
