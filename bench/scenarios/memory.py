@@ -68,8 +68,8 @@ def _checks(stats: Stats, resident: int, growth: int) -> dict[str, bool]:
         "disk within 2 % of the distinct tensors": _near(
             stats.disk_bytes, stats.tensor_bytes, 0.02
         ),
-        "resident within 2 % of the distinct tensors": _near(resident, stats.serving_bytes, 0.02),
-        "RSS growth within 10 % of the distinct tensors": _near(growth, stats.serving_bytes, 0.10),
+        "resident at most 1.02 of the distinct tensors": resident <= 1.02 * stats.serving_bytes,
+        "RSS growth at most 1.1 of the distinct tensors": growth <= 1.1 * stats.serving_bytes,
     }
 
 
