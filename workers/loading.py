@@ -144,7 +144,7 @@ def _kv_element(holdings: Holdings, weights: Weights, manifests: Manifests) -> K
 def _sizes(
     infos: Mapping[ObjectDigest, ObjectInfo], manifests: Manifests, precision: Precision
 ) -> dict[ObjectDigest, int]:
-    """Bytes that every tensor of a chain in `infos` takes in memory."""
+    """Bytes that every tensor of a chain in `infos` takes in memory, at most."""
     sizes = {digest: info.nbytes for digest, info in infos.items()}
     if precision == "exact":
         return sizes

@@ -194,10 +194,18 @@ class Unfolding {
   Unfolding(const Matrix& m, const Rows& panels)
       : Unfolding(Bundles(m), panels, unfolded_bytes<Order>(m.in)) {}
 
-  // The first panel's block; those of the other panels lie behind it.
-  const char* block(int64_t i) const { return at_ + i * step_; }
-  // Bytes of a panel's block.
+  // The share of one of the panels, by its place in the bundle, in `count` blocks from one on, as they
+  // lie: in one stream with those of the others where they are folded.
+  const char* share(int64_t block, int64_t count, int64_t panel) const {
+    return at_ + block * step_ + panel * (is_folded_ ? count * kBlockBytes : whole_);
+  }
+  // Bytes of a panel's block, and from the next panel's share of so many to the one behind it.
   int64_t block_bytes() const { return is_folded_ ? kBlockBytes : kBlock * 2; }
+  int64_t share_apart(int64_t bytes) const { return is_folded_ ? bytes : whole_; }
+  // Of what `tile` panels read, where one has `bytes`, the bytes that one stream of it has.
+  int64_t share_bytes(int64_t bytes, int64_t tile) const {
+    return is_folded_ ? bytes * tile : bytes;
+  }
 
   // The weights that some of the panels have in some blocks. Meanwhile lines `ahead` bytes behind
   // them are fetched.
@@ -209,8 +217,8 @@ class Unfolding {
     auto* const to = scratch<kUnfolded, uint16_t>(panels.count * blocks.count * kBlock);
     for (int64_t b = 0; b < blocks.count; ++b)
       for (int64_t p = 0; p < panels.count; ++p)
-        unfold_block<Order>(block(blocks.first + b) + (panels.first + p) * kBlockBytes, ahead,
-                            to + (p * blocks.count + b) * kBlock);
+        unfold_block<Order>(at_ + (blocks.first + b) * step_ + (panels.first + p) * kBlockBytes,
+                            ahead, to + (p * blocks.count + b) * kBlock);
     return {to, blocks.count * kBlock};
   }
 

@@ -173,9 +173,9 @@ void blockllm_embed(Pool* pool, const EmbedCall* call) {
 int64_t blockllm_packed_bytes(int64_t out, int64_t in, int64_t storage) {
   const int64_t panels = panels_of(out);
   const Matrix matrix{nullptr, out, in, static_cast<Storage>(storage)};
-  switch (static_cast<Storage>(storage)) {
+  switch (matrix.storage) {
     case Storage::kTiles:
-        return panels * unfolded_bytes<TileOrder>(in);
+      return panels * unfolded_bytes<TileOrder>(in);
     case Storage::kFoldedTiles:
       return Bundles(matrix).head_bytes() + panels * unfolded_bytes<TileOrder>(in);
     case Storage::kFolded:

@@ -25,8 +25,8 @@ inline int64_t tiles_at_once(const Cut& rows) {
   return kGroupsAtOnce == 1 ? panels_per_tile(rows.groups.room()) : 1;
 }
 
-// sums[panel][row][kPanel] = rows times some panels, which are read together. It takes several turns,
-// in each of which the lines of later(turn, turns) are fetched.
+// sums[panel][row][kPanel] = rows times some panels, which are read together. It takes several
+// turns, in each of which the lines of later(turn, turns) are fetched.
 template <int PIECES, class Source, class Later>
 void multiply_together(const Cut& rows, const Source& source, int64_t panels, int64_t steps,
                        float* sums, const Later& later) {

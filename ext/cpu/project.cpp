@@ -129,7 +129,9 @@ struct Jobs {
   // Panels of a job of the i-th layer.
   int64_t panels(int64_t i) const {
     const Matrix& m = *p.call.linears[i].matrix;
-    return is_folded(m.storage) ? bundle_of(panels_of(m.out)) : p.panels_per_job;
+    if (!is_folded(m.storage)) return p.panels_per_job;
+    const int64_t bundle = bundle_of(panels_of(m.out));
+    return p.has_whole_bundles ? bundle : std::min(bundle, p.panels_per_job);
   }
 
   int64_t of_layer(int64_t i) const {
@@ -260,13 +262,22 @@ int64_t panels_per_job(const ProjectCall& call, bool has_panels, int64_t threads
   return ceil_div(panels, threads * ceil_div(panels, most));
 }
 
+// Whether a task computes a whole bundle of folded panels, which are read as one stream: of few
+// rows, or where each thread has several.
+bool has_whole_bundles(const ProjectCall& call, int64_t threads) {
+  int64_t bundles = 0;
+  for (int64_t i = call.mode == Mode::kGate ? 1 : 0; i < call.count; ++i)
+    bundles += Bundles(*call.linears[i].matrix).count();
+  return call.rows <= 8 || bundles >= 2 * threads;
+}
+
 Projection projection_of(const ProjectCall& call, int64_t threads) {
   const LinearCall* end = call.linears + call.count;
   const bool has_tiles = std::any_of(call.linears, end, in_tiles);
   const bool has_panels = !std::all_of(call.linears, end, in_tiles);
   const int64_t chunks = chunks_of(call, has_tiles, threads);
   const int64_t panels = panels_per_job(call, has_panels, threads);
-  return {call, chunks, panels, has_panels, has_tiles, call.x};
+  return {call, chunks, panels, has_panels, has_tiles, has_whole_bundles(call, threads), call.x};
 }
 
 bool has_segments(const LinearCall& linear) {

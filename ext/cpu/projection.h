@@ -26,6 +26,7 @@ struct Projection {
   const int64_t chunks;  // of rows
   const int64_t panels_per_job;
   const bool has_panels, has_tiles;      // among the layers
+  const bool has_whole_bundles;          // in its tasks
   const float* plain = nullptr;          // rows [rows, width], normalized; null: nothing reads them
   const float* const* shrunk = nullptr;  // of each linear layer
   float* group_sums = nullptr;           // of the rows, where weights are codes with offsets
@@ -94,8 +95,8 @@ inline void fetch_target(const LinearCall& linear, int64_t panel, const Rows& ro
   }
 }
 
-// sums[panel][row][kPanel] of `panels`, which are read together, for one chunk of rows. Meanwhile the
-// next run is fetched, a share by each group, and the patch's pieces, one by each group and run.
+// sums[panel][row][kPanel] of `panels`, which are read together, for one chunk of rows. Meanwhile
+// the next run is fetched, a share by each group, and the patch's pieces, one by each group and run.
 template <class T, class Source>
 void multiply(const Projection& p, const LinearCall& linear, const Rows& panels, const Chunk& chunk,
               float* sums) {

@@ -110,10 +110,12 @@ class FoldedRuns {
 
  protected:
   Rows blocks(int64_t i) const { return part(blocks_, runs_, i); }
-  // A tile's share of the next run.
-  const char* soon(int64_t i, const Rows& tile) const {
+  // A tile's share of the next run: for each input or pair of inputs of a panel it has `bytes`, for
+  // each unit of its pace `times` as much.
+  Stream soon(int64_t i, const Rows& tile, int64_t bytes, int64_t times = 1) const {
     const Rows run = blocks(i);
-    return unfolding_.block(run.first + run.count) + tile.first * run.count * block_bytes();
+    return {unfolding_.share(run.first + run.count, run.count, tile.first),
+            unfolding_.share_bytes(bytes, tile.count) * times, unfolding_.share_apart(bytes)};
   }
   int64_t block_bytes() const { return unfolding_.block_bytes(); }
 
@@ -134,7 +136,9 @@ class FoldedPanelRuns : public FoldedRuns<PanelOrder> {
   }
   Stream next(int64_t i, const Rows& tile, int64_t g) const {
     const int64_t each = ceil_div(block_bytes(), kBlockInputs * groups_);
-    return {soon(i, tile) + g * each * run(i).count, each * tile.count, each};
+    Stream next = soon(i, tile, each);
+    next.at += g * each * run(i).count;
+    return next;
   }
 
  private:
@@ -147,7 +151,7 @@ class FoldedTileRuns : public FoldedRuns<TileOrder> {
 
   Rows run(int64_t i) const { return blocks(i); }
   Stream next(int64_t i, const Rows& tile) const {
-    return {soon(i, tile), block_bytes() * tile.count, block_bytes() / (kDepth / 2)};
+    return soon(i, tile, block_bytes() / (kDepth / 2), kDepth / 2);
   }
 };
 
