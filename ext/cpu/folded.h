@@ -194,8 +194,8 @@ class Unfolding {
   Unfolding(const Matrix& m, const Rows& panels)
       : Unfolding(Bundles(m), panels, unfolded_bytes<Order>(m.in)) {}
 
-  // The share of one of the panels, by its place in the bundle, in `count` blocks from one on, as they
-  // lie: in one stream with those of the others where they are folded.
+  // The share of one of the panels, by its place among them, in `count` blocks from one on, as
+  // they lie: in one stream with those of the others where they are folded.
   const char* share(int64_t block, int64_t count, int64_t panel) const {
     return at_ + block * step_ + panel * (is_folded_ ? count * kBlockBytes : whole_);
   }
