@@ -139,7 +139,7 @@ class Packing:
             memory = self._arena.take(most)
             self._pack(weight, storage, memory)
             return memory
-        room = Arena().take(most)
+        room = np.zeros(most, np.uint8)
         nbytes = self._pack(weight, storage, room)
         memory = self._arena.take(nbytes)
         np.copyto(memory, room[:nbytes])

@@ -18,6 +18,7 @@ void foresee(Pool* pool, const ProjectCall& call);
 // Rows per task, and up to how many are not divided.
 constexpr int64_t kChunk = 48;
 constexpr int64_t kOneChunk = 96;
+
 // Of each of the call's rows.
 inline int64_t pieces_of(const ProjectCall& call) { return call.rounding != 0 ? 1 : kExactPieces; }
 

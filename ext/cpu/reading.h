@@ -12,17 +12,20 @@ constexpr int64_t kRunBytes = kLanes == 8 ? 32 << 10 : 16 << 10;
 // several pieces, more is multiplied per load, and whole panels are.
 constexpr int64_t kRunSteps = 10;
 
-// Some panels of a matrix as they are stored, of which one tile is multiplied at a time.
-template <class T>
-class PanelRuns {
-  using Element = typename T::Element;
-
- public:
-  // The panels that are read together: from some of a matrix on, where tiles have so many.
+// What is read as it is stored.
+struct Stored {
+  // The panels that are read together, of some of a matrix from the first on: those of a tile.
   static Rows together(const Matrix&, const Rows& panels, int64_t tile) {
     return {panels.first, std::min(tile, panels.count)};
   }
+};
 
+// Some panels of a matrix as they are stored, of which one tile is multiplied at a time.
+template <class T>
+class PanelRuns : public Stored {
+  using Element = typename T::Element;
+
+ public:
   // For tiles of so many panels, and groups of rows.
   PanelRuns(const Matrix& m, const Rows& panels, int64_t, int64_t groups)
       : weights_(static_cast<const Element*>(m.data) + panels.first * m.in * kPanel),
@@ -52,12 +55,8 @@ class PanelRuns {
 };
 
 // Tiles, whose runs are of steps: as they are stored.
-class TileRuns {
+class TileRuns : public Stored {
  public:
-  static Rows together(const Matrix&, const Rows& panels, int64_t tile) {
-    return {panels.first, std::min(tile, panels.count)};
-  }
-
   TileRuns(const Matrix& m, const Rows& panels, int64_t, int64_t turns)
       : steps_(steps_of(m.in)),
         runs_(turns == 1 ? 1 : ceil_div(steps_, kRunSteps)),
