@@ -1,6 +1,7 @@
 """Memory of pages: taken as it is written, or before."""
 
-import os
+import ctypes
+import mmap
 import platform
 from pathlib import Path
 
@@ -11,17 +12,13 @@ import torch
 from ext.memory import commit, host_memory, reserve
 
 
-def resident(address: int) -> int:
-    """Bytes of the mapping at that address that the system backs with memory."""
-    found = False
-    for line in Path(f"/proc/{os.getpid()}/smaps").read_text().splitlines():
-        first = line.split(maxsplit=1)[0]
-        if "-" in first:
-            low, high = (int(part, 16) for part in first.split("-"))
-            found = low <= address < high
-        elif found and first == "Rss:":
-            return 1024 * int(line.split()[1])
-    raise AssertionError("there is no such mapping")
+def resident(memory: torch.Tensor) -> int:
+    """Bytes of whole pages of memory that the system backs; what a mapping beside it, which it may
+    list as one with this, has does not count."""
+    pages = ctypes.create_string_buffer(-(-memory.nbytes // mmap.PAGESIZE))
+    at, size = ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(memory.nbytes)
+    assert ctypes.CDLL(None).mincore(at, size, pages) == 0
+    return mmap.PAGESIZE * sum(page & 1 for page in pages.raw)
 
 
 KERNEL = tuple(int(part) for part in platform.release().split("-")[0].split(".")[:2])
@@ -32,11 +29,11 @@ def test_memory_is_backed_part_by_part_and_keeps_what_it_holds():
     nbytes = 9 << 20
     memory = torch.from_numpy(np.frombuffer(reserve(nbytes), np.uint8, nbytes))
     memory[5] = 7
-    assert resident(memory.data_ptr()) < 4 << 20
+    assert resident(memory) < 4 << 20
     assert commit(memory, 0, 4 << 20)
-    assert 4 << 20 <= resident(memory.data_ptr()) < 8 << 20
+    assert 4 << 20 <= resident(memory) < 8 << 20
     assert commit(memory, 4 << 20, 12 << 20)
-    assert resident(memory.data_ptr()) >= nbytes
+    assert resident(memory) >= nbytes
     assert (int(memory[5]), int(memory.sum())) == (7, 7)
 
 
