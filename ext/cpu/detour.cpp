@@ -19,7 +19,8 @@ void multiply_cut(const Matrix& m, const float* x, int64_t rows, float* sums) {
   auto* pieces = scratch<kCut, uint16_t>(groups.size(m.in));
   for (int64_t r = 0; r < rows; ++r) cut_row(groups, r, x + r * m.in, m.in, pieces);
   multiply_tiles(m, {0, panels_of(m.out)}, {groups, pieces}, sums,
-                 [](const Rows&, int64_t, int64_t) { return Lines{}; });
+                 [](const Rows&, int64_t, int64_t) { return Lines{}; },
+                 [](int64_t, int64_t) { return Stream{}; });
 }
 
 template <class T, class Source>

@@ -25,6 +25,8 @@ constexpr auto kSpin = std::chrono::microseconds(150);
 constexpr uint64_t kNothing = 0xffffffffu;
 constexpr int64_t kLine = 64, kFetchLines = 8;  // fetched at a time: fewer than a core has pending
 
+thread_local int this_thread = 0;
+
 void pause_briefly() {
   for (int i = 0; i < 8; ++i) _mm_pause();
 }
@@ -34,6 +36,8 @@ void futex(std::atomic<uint32_t>* word, int operation, uint32_t value) {
 }
 
 }  // namespace
+
+int Pool::thread() { return this_thread; }
 
 Pool::Pool(int threads) : threads_(threads), lanes_(new Lane[threads]) {
   for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { serve(i); });
@@ -106,6 +110,7 @@ int64_t Pool::work(Lane& lane, uint32_t job) {
 }
 
 void Pool::serve(int thread) {
+  this_thread = thread;
   uint32_t seen = 0;
   while (idle(seen, thread)) {
     seen = signal_.load();

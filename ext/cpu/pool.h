@@ -34,6 +34,9 @@ class Pool {
         &body);
   }
 
+  // Which thread of its pool this is.
+  static int thread();
+
   // The first task of a thread's run; the caller of `run` is thread 0.
   static int64_t first_task(int64_t tasks, int64_t thread, int64_t threads) {
     return tasks * thread / threads;

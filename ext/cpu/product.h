@@ -26,10 +26,11 @@ inline int64_t tiles_at_once(const Cut& rows) {
 }
 
 // sums[panel][row][kPanel] = rows times some panels, which are read together. It takes several
-// turns, in each of which the lines of later(turn, turns) are fetched.
-template <int PIECES, class Source, class Later>
+// turns, in each of which the lines of later(turn, turns) are fetched, and what far(inputs, products
+// with each) names.
+template <int PIECES, class Source, class Later, class Far>
 void multiply_together(const Cut& rows, const Source& source, int64_t panels, int64_t steps,
-                       float* sums, const Later& later) {
+                       float* sums, const Later& later, const Far& far) {
   const int64_t groups = rows.groups.count, height = rows.groups.height, room = rows.groups.room();
   const int64_t apart = height * PIECES * steps * kDepth;  // from group to group
   const int64_t turns = ceil_div(groups, kGroupsAtOnce), runs = source.runs();
@@ -47,7 +48,8 @@ void multiply_together(const Cut& rows, const Source& source, int64_t panels, in
             {rows.pieces + g * apart + run.first * PIECES * height * kDepth, apart, height, laid.at,
              run.count, tile.count, laid.apart, sums + (tile.first * room + g * height) * kPanel,
              room * kPanel, i == 0, soon, lines,
-             later((i * tiles + t) * turns + turn, runs * tiles * turns)},
+             later((i * tiles + t) * turns + turn, runs * tiles * turns),
+             far(run.count * kDepth, height * tile.count * kPanel)},
             std::min(kGroupsAtOnce, groups - g));
         soon.at += lines * PIECES * 64 * run.count;
       }
@@ -56,10 +58,10 @@ void multiply_together(const Cut& rows, const Source& source, int64_t panels, in
 }
 
 // sums[panel][row][kPanel] = rows times some panels of a matrix. While a few of these are
-// multiplied, the lines of later(panels, turn, turns) are fetched in each turn.
-template <class Source, class Later>
+// multiplied, the lines of later(panels, turn, turns) are fetched in each turn, and what far says.
+template <class Source, class Later, class Far>
 void multiply_each(const Matrix& m, const Rows& panels, const Cut& rows, float* sums,
-                   const Later& later) {
+                   const Later& later, const Far& far) {
   const int64_t steps = steps_of(m.in);
   const TileRegisters registers(rows.groups.height);
   for (int64_t at = 0; at < panels.count;) {
@@ -70,24 +72,24 @@ void multiply_each(const Matrix& m, const Rows& panels, const Cut& rows, float* 
     float* to = sums + at * rows.groups.room() * kPanel;
     const auto own = [&](int64_t turn, int64_t turns) { return later(some, turn, turns); };
     rows.groups.pieces == 1
-        ? multiply_together<1>(rows, source, some.count, steps, to, own)
-        : multiply_together<kExactPieces>(rows, source, some.count, steps, to, own);
+        ? multiply_together<1>(rows, source, some.count, steps, to, own, far)
+        : multiply_together<kExactPieces>(rows, source, some.count, steps, to, own, far);
     at += some.count;
   }
 }
 
-template <class Later>
+template <class Later, class Far>
 void multiply_tiles(const Matrix& m, const Rows& panels, const Cut& rows, float* sums,
-                    const Later& later) {
+                    const Later& later, const Far& far) {
   m.storage == Storage::kFoldedTiles
-      ? multiply_each<FoldedTileRuns>(m, panels, rows, sums, later)
-      : multiply_each<TileRuns>(m, panels, rows, sums, later);
+      ? multiply_each<FoldedTileRuns>(m, panels, rows, sums, later, far)
+      : multiply_each<TileRuns>(m, panels, rows, sums, later, far);
 }
 
 #else
 
-template <class Later>
-void multiply_tiles(const Matrix&, const Rows&, const Cut&, float*, const Later&) {}
+template <class Later, class Far>
+void multiply_tiles(const Matrix&, const Rows&, const Cut&, float*, const Later&, const Far&) {}
 
 #endif
 

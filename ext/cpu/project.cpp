@@ -289,14 +289,17 @@ bool has_segments(const LinearCall& linear) {
 
 using namespace blockllm;
 
-void blockllm_project(Pool* pool, const ProjectCall* call) {
-  Projection p = projection_of(*call, pool->threads());
-  const LinearCall* end = call->linears + call->count;
-  const bool norms = call->norm.kind != NormKind::kNone;
-  const bool reads_plain = p.has_panels || std::any_of(call->linears, end, has_segments);
-  float* plain = norms && reads_plain ? scratch<kRows>(call->rows * call->width) : nullptr;
+void blockllm_project(Pool* pool, const ProjectCall* call) { project(pool, *call, nullptr); }
+
+void blockllm::project(Pool* pool, const ProjectCall& call, Errand* errand) {
+  Projection p = projection_of(call, pool->threads());
+  p.errand = errand;
+  const LinearCall* end = call.linears + call.count;
+  const bool norms = call.norm.kind != NormKind::kNone;
+  const bool reads_plain = p.has_panels || std::any_of(call.linears, end, has_segments);
+  float* plain = norms && reads_plain ? scratch<kRows>(call.rows * call.width) : nullptr;
   if (norms) p.plain = plain;
-  p.group_sums = room_for_sums(*call);
+  p.group_sums = room_for_sums(call);
   p.chunks == 1 ? project_one_chunk(pool, p, plain) : project_chunks(pool, p, plain);
 }
 

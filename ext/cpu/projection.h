@@ -1,6 +1,7 @@
 // A projection under way: the call, how its rows and panels are shared out, and the products of one
 // task.
 #pragma once
+#include "errand.h"
 #include "grouped.h"
 #include "lora.h"
 #include "product.h"
@@ -10,7 +11,8 @@
 
 namespace blockllm {
 
-class Pool;
+// A call; meanwhile the threads go on an errand, unless it is null.
+void project(Pool* pool, const ProjectCall& call, Errand* errand);
 
 // Tells the threads what each will read first of a call that comes before long.
 void foresee(Pool* pool, const ProjectCall& call);
@@ -31,6 +33,7 @@ struct Projection {
   const float* plain = nullptr;          // rows [rows, width], normalized; null: nothing reads them
   const float* const* shrunk = nullptr;  // of each linear layer
   float* group_sums = nullptr;           // of the rows, where weights are codes with offsets
+  Errand* errand = nullptr;
 
   // Of panels, whole groups, so that most tiles are full.
   Rows chunk(int64_t i) const {
@@ -40,6 +43,10 @@ struct Projection {
     return {first, std::min(groups.count * kTileRows, call.rows - first)};
   }
   int64_t pieces() const { return pieces_of(call); }
+  // What to fetch while a thread takes so many inputs, with so many multiply-adds for each.
+  Stream far(int64_t inputs, int64_t products) const {
+    return errand == nullptr ? Stream{} : errand->next(inputs, products);
+  }
 };
 
 // A chunk of rows with its packed groups, for products with panels and with tiles.
@@ -97,7 +104,8 @@ inline void fetch_target(const LinearCall& linear, int64_t panel, const Rows& ro
 }
 
 // sums[panel][row][kPanel] of `panels`, which are read together, for one chunk of rows. Meanwhile
-// the next run is fetched, a share by each group, and the patch's pieces, one by each group and run.
+// the next run is fetched, a share by each group, the patch's pieces, one by each group and run, and
+// what the threads' errand wants.
 template <class T, class Source>
 void multiply(const Projection& p, const LinearCall& linear, const Rows& panels, const Chunk& chunk,
               float* sums) {
@@ -123,7 +131,7 @@ void multiply(const Projection& p, const LinearCall& linear, const Rows& panels,
         tile_for<T>(group.count, tile.count)(
             {chunk.packed + group.first * m.in + run.first * group.count, laid.at, laid.apart,
              run.count, sums + (tile.first * rows + group.first) * kPanel, rows * kPanel, i == 0,
-             soon, later});
+             soon, later, {}, p.far(run.count, group.count * tile.count * kPanel)});
       }
     }
   }
@@ -218,7 +226,8 @@ inline void compute(const Projection& p, int64_t i, const Rows& panels, const Ch
     multiply_tiles(*linear.matrix, panels, chunk.cut, sums,
                    [&](const Rows& some, int64_t turn, int64_t turns) {
                      return lines_of_patch(linear, chunk.rows, some, turn, turns);
-                   });
+                   },
+                   [&](int64_t inputs, int64_t products) { return p.far(inputs, products); });
   } else {
     multiply_panels(p, linear, panels, chunk, sums);
   }

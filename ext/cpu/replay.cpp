@@ -1,39 +1,90 @@
 // A step's operations once more, by the records of the first time. What comes next is known: the
-// threads fetch the beginnings of the next weights while they wait for each other.
+// threads fetch the beginnings of the next weights while they wait for each other, and the pages of
+// the next attention while they multiply many rows.
+#include <unistd.h>
+
+#include "errand.h"
 #include "exports.h"
 #include "projection.h"
 
 namespace blockllm {
 namespace {
 
-void run(Pool* pool, const Replayed& replayed) {
-  switch (replayed.operation) {
-    case Operation::kProject:
-      return blockllm_project(pool, static_cast<const ProjectCall*>(replayed.call));
-    case Operation::kAttend:
-      return blockllm_attend(pool, static_cast<const AttendCall*>(replayed.call));
-    case Operation::kActivate:
-      return blockllm_activate(pool, static_cast<const ActivateCall*>(replayed.call));
-    case Operation::kAddNorm:
-      return blockllm_add_norm(pool, static_cast<const AddNormCall*>(replayed.call));
-    case Operation::kSplit:
-      return blockllm_split(pool, static_cast<const SplitCall*>(replayed.call));
-  }
+// From so many rows on, products leave memory time for pages.
+constexpr int64_t kFewestRows = 12;
+
+// How many bytes of pages are fetched ahead: what the last cache keeps beside the weights that pass
+// through it meanwhile. Where the system does not say how large it is, as much as most have.
+int64_t most_ahead() {
+  static const int64_t told = sysconf(_SC_LEVEL3_CACHE_SIZE);
+  return (told > 0 ? told : int64_t{16} << 20) / 2;
 }
+
+const ProjectCall* projection(const Replayed& replayed) {
+  return replayed.operation == Operation::kProject ? static_cast<const ProjectCall*>(replayed.call)
+                                                   : nullptr;
+}
+
+class Replay {
+ public:
+  Replay(Pool* pool, const ReplayCall& call) : pool_(pool), call_(call), errand_(pool->threads()) {}
+
+  void run() {
+    int64_t project = 0, attend = 0;  // the next ones
+    for (int64_t i = 0; i < call_.count; ++i) {
+      if (project <= i) {
+        project = find(Operation::kProject, i + 1);
+        if (project < call_.count) foresee(pool_, *projection(call_.calls[project]));
+      }
+      if (attend <= i) {
+        attend = find(Operation::kAttend, i + 1);
+        if (attend < call_.count) fetch_pages(i, attend);
+      }
+      run(call_.calls[i]);
+    }
+  }
+
+ private:
+  int64_t find(Operation operation, int64_t from) const {
+    while (from < call_.count && call_.calls[from].operation != operation) ++from;
+    return from;
+  }
+
+  // Fetches the pages of an attention during the projections before it.
+  void fetch_pages(int64_t from, int64_t attend) {
+    const auto& call = *static_cast<const AttendCall*>(call_.calls[attend].call);
+    double products = 0;
+    for (int64_t i = from; i < attend; ++i) {
+      const ProjectCall* p = projection(call_.calls[i]);
+      for (int64_t j = 0; p != nullptr && j < p->count; ++j)
+        products += static_cast<double>(p->rows * p->width * p->linears[j].matrix->out);
+    }
+    if (products > 0 && call.plan->rows >= kFewestRows) errand_.begin(call, products, most_ahead());
+  }
+
+  void run(const Replayed& replayed) {
+    switch (replayed.operation) {
+      case Operation::kProject:
+        return project(pool_, *projection(replayed), &errand_);
+      case Operation::kAttend:
+        return blockllm_attend(pool_, static_cast<const AttendCall*>(replayed.call));
+      case Operation::kActivate:
+        return blockllm_activate(pool_, static_cast<const ActivateCall*>(replayed.call));
+      case Operation::kAddNorm:
+        return blockllm_add_norm(pool_, static_cast<const AddNormCall*>(replayed.call));
+      case Operation::kSplit:
+        return blockllm_split(pool_, static_cast<const SplitCall*>(replayed.call));
+    }
+  }
+
+  Pool* const pool_;
+  const ReplayCall& call_;
+  Errand errand_;
+};
 
 }  // namespace
 }  // namespace blockllm
 
 using namespace blockllm;
 
-void blockllm_replay(Pool* pool, const ReplayCall* call) {
-  int64_t next = 0;  // the projection that comes next
-  for (int64_t i = 0; i < call->count; ++i) {
-    if (next <= i && i + 1 < call->count) {
-      for (next = i + 1; next < call->count; ++next)
-        if (call->calls[next].operation == Operation::kProject) break;
-      if (next < call->count) foresee(pool, *static_cast<const ProjectCall*>(call->calls[next].call));
-    }
-    run(pool, call->calls[i]);
-  }
-}
+void blockllm_replay(Pool* pool, const ReplayCall* call) { Replay(pool, *call).run(); }

@@ -27,6 +27,9 @@ enum Use {
   kDetourRows,
   kDetourSums,
   kInner,
+  // errands
+  kPages,
+  kShares,
   // attention
   kQueries,
   kKeys,

@@ -51,6 +51,7 @@ struct TileCall {
   bool first;  // sums begin at zero
   Stream soon, later;
   Group group = {};
+  Stream far = {};  // into the second-level cache; of a tile of one panel
 };
 
 // Adds the sums over a group of codes to those of the weights.
@@ -82,9 +83,10 @@ void add_group(const Group& group, const Vec (&low)[P][M], const Vec (&high)[P][
 constexpr int64_t kAtOnce = 8;
 
 // Asks for the lines of a stream up to its next kAtOnce inputs.
+template <_mm_hint HINT>
 inline void advance(const char*& at, const char*& end, int64_t pace) {
   end += kAtOnce * pace;
-  for (; at < end; at += 64) _mm_prefetch(at, _MM_HINT_T0);
+  for (; at < end; at += 64) _mm_prefetch(at, HINT);
 }
 
 // low, high [p][i] += a[i] * weights[p].
@@ -127,11 +129,13 @@ void multiply_tile(const TileCall<typename T::Element>& c) {
   const Element* weights = c.weights;
   const char *soon = c.soon.at, *soon_end = soon;
   const char *later = c.later.at, *later_end = later;
+  const char *far = c.far.at, *far_end = far;
   int64_t k = 0;
   for (; k + kAtOnce <= c.run; k += kAtOnce) {
     if constexpr (P == 1) {
-      advance(soon, soon_end, c.soon.pace);
-      advance(later, later_end, c.later.pace);
+      advance<_MM_HINT_T0>(soon, soon_end, c.soon.pace);
+      advance<_MM_HINT_T0>(later, later_end, c.later.pace);
+      advance<_MM_HINT_T1>(far, far_end, c.far.pace);
     }
 #pragma GCC unroll 8
     for (int64_t j = 0; j < kAtOnce; ++j) {

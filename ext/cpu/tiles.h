@@ -65,6 +65,7 @@ struct TileRun {
   Stream soon;          // to fetch meanwhile, its pace by steps
   int64_t lines;        // of one panel: so many of 64 bytes per piece
   Lines later;  // and these, spread over the run
+  Stream far;   // and into the second-level cache
 };
 
 // Fetches what a run of tiles wants, a share at a time.
@@ -76,12 +77,17 @@ class Fetching {
         lines_(run.lines),
         later_(run.later.at),
         end_(run.later.at + run.later.count),
-        pace_(ceil_div(run.later.count, run.steps * PIECES)) {}
+        pace_(ceil_div(run.later.count, run.steps * PIECES)),
+        far_(run.far.at),
+        far_end_(far_),
+        far_pace_(ceil_div(run.far.pace * kDepth, PIECES)) {}
 
   template <_mm_hint HINT>
   void next() {
     for (int64_t i = 0; i < lines_; ++i, soon_ += 64) _mm_prefetch(soon_, HINT);
     for (int64_t i = 0; i < pace_ && later_ < end_; ++i) _mm_prefetch(*later_++, _MM_HINT_T0);
+    far_end_ += far_pace_;
+    for (; far_ < far_end_; far_ += 64) _mm_prefetch(far_, _MM_HINT_T1);
   }
 
  private:
@@ -90,6 +96,8 @@ class Fetching {
   const char* const* later_;
   const char* const* end_;
   const int64_t pace_;
+  const char *far_, *far_end_;
+  const int64_t far_pace_;
 };
 
 // out[stripe][32][16] = two tiles of 16 rows, each times the tiles of one or two stripes, summed

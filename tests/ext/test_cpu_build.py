@@ -145,10 +145,18 @@ def test_runs_clean_under_the_sanitizers(isa: build.Isa) -> None:
     }
     tests = [
         str(Path(__file__).with_name(f"test_cpu_{kind}.py"))
-        for kind in ("linear", "rounding", "codes", "attachments", "attention", "elements")
+        for kind in (
+            "linear",
+            "rounding",
+            "codes",
+            "attachments",
+            "attention",
+            "elements",
+            "replay",
+        )
     ]
     others = "".join(f" and not {other}" for other in supported() if isa in other and isa != other)
-    chosen = f"{isa} and not resident{others}"
+    chosen = f"test_cpu_replay or {isa} and not resident{others}"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", chosen, *tests]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]

@@ -74,9 +74,9 @@ class Layer:
         self.ops.add_norm(x, added, norm)
 
 
-@pytest.fixture(scope="module")
-def ops() -> CpuOps:
-    return CpuOps(threads=2)
+@pytest.fixture(scope="module", params=[False, True], ids=["exact", "rounding"])
+def ops(request: pytest.FixtureRequest) -> CpuOps:
+    return CpuOps(threads=2, rounding=request.param)
 
 
 def geometry(contexts: list[int]) -> Geometry:
@@ -128,6 +128,16 @@ def test_a_recording_serves_every_batch_of_its_rows(ops: CpuOps, fused: bool) ->
     for contexts in ([3, 40, 100], [200, 1, 16], [1, 2, 3], [7], [300], [8, 9, 7]):
         assert_replays(recordings, layer, contexts, nothing(layer))
     assert counts(recordings) == (2, 4)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_so_do_rows_enough_to_fetch_pages_meanwhile(ops: CpuOps, fused: bool) -> None:
+    recordings, layer = Recordings(ops), Layer(ops, fused=fused)
+    worn = adapters(layer, [(0, 9, 8), (9, 30, 16)])
+    for patches in (nothing(layer), nothing(layer), worn):
+        for step in (1, 17):
+            assert_replays(recordings, layer, [1 + step * i for i in range(30)], patches)
+    assert counts(recordings) == (1, 5)
 
 
 @pytest.mark.parametrize("fused", [False, True])
