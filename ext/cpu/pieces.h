@@ -1,11 +1,10 @@
-// Rows as tiles multiply them: in pieces of bfloat16, in groups of one height.
+// Rows as tiles multiply them: in pieces of bfloat16, in groups of at most kHeight.
 //
 // A float32 has 24 significant bits and is cut, without loss, into three pieces of 8: high + middle
 // + low; each piece times a bfloat16 weight is exact in float32. Where rounding is allowed, a row
 // is one piece: its bfloat16s, to nearest even.
 //
-// A group lies as [inputs / 32][pieces][height][32]. The last group's height may exceed the rows
-// that are left: what lies there is never written nor its products read.
+// A group lies as [inputs / 32][pieces][height][32].
 #pragma once
 #include <algorithm>
 
@@ -15,18 +14,31 @@ namespace blockllm {
 
 constexpr int64_t kExactPieces = 3;
 
-// How rows are divided into groups of one height, the lowest that fills as few tiles.
+// How rows are divided into as few groups as there can be: of one height, where several are
+// multiplied at once, so that the last may have room for more rows than are left (what lies there is
+// never written nor its products read), else of heights that differ by one at most.
 struct Groups {
-  int64_t count, height, pieces;
+  int64_t rows, count, pieces;
 
-  Groups(int64_t rows, int64_t pieces_of_each)
-      : count(ceil_div(rows, kHeight)), height(ceil_div(rows, count)), pieces(pieces_of_each) {}
+  Groups(int64_t of_rows, int64_t pieces_of_each)
+      : rows(of_rows), count(ceil_div(of_rows, kHeight)), pieces(pieces_of_each) {}
 
+  // Of the highest group.
+  int64_t height() const { return ceil_div(rows, count); }
+  Rows group(int64_t i) const {
+    return kGroupsAtOnce > 1 ? Rows{i * height(), height()} : part(rows, count, i);
+  }
+  // The group that has a row.
+  int64_t with(int64_t row) const {
+    return kGroupsAtOnce > 1 ? row / height() : ((row + 1) * count - 1) / rows;
+  }
   // Rows that there is room for.
-  int64_t room() const { return count * height; }
-  // Elements of a group of rows of `width`.
-  int64_t apart(int64_t width) const { return height * pieces * steps_of(width) * kDepth; }
-  int64_t size(int64_t width) const { return count * apart(width); }
+  int64_t room() const { return kGroupsAtOnce > 1 ? count * height() : rows; }
+  // Elements that so many rows of `width` take.
+  int64_t size(int64_t of_rows, int64_t width) const {
+    return of_rows * pieces * steps_of(width) * kDepth;
+  }
+  int64_t size(int64_t width) const { return size(room(), width); }
 };
 
 #if defined(__AVX512BF16__)
@@ -59,8 +71,9 @@ inline void round_off(const float* x, int64_t left, uint16_t* to) {
 // Writes the pieces of the i-th row.
 inline void cut_row(const Groups& groups, int64_t i, const float* row, int64_t width,
                     uint16_t* pieces) {
-  const int64_t apart = groups.height * kDepth;
-  uint16_t* to = pieces + i / groups.height * groups.apart(width) + i % groups.height * kDepth;
+  const Rows group = groups.group(groups.with(i));
+  const int64_t apart = group.count * kDepth;
+  uint16_t* to = pieces + groups.size(group.first, width) + (i - group.first) * kDepth;
   for (int64_t k = 0; k < width; k += kDepth, to += groups.pieces * apart) {
     if (groups.pieces == 1) {
       round_off(row + k, width - k, to);

@@ -12,7 +12,7 @@
 
 namespace blockllm {
 
-// Rows in pieces. Their sums are [panel][row][kPanel], with room for each group's height.
+// Rows in pieces. Their sums are [panel][row][kPanel], with the room of the groups.
 struct Cut {
   Groups groups;
   const uint16_t* pieces;
@@ -31,9 +31,9 @@ inline int64_t tiles_at_once(const Cut& rows) {
 template <int PIECES, class Source, class Later, class Far>
 void multiply_together(const Cut& rows, const Source& source, int64_t panels, int64_t steps,
                        float* sums, const Later& later, const Far& far) {
-  const int64_t groups = rows.groups.count, height = rows.groups.height, room = rows.groups.room();
-  const int64_t apart = height * PIECES * steps * kDepth;  // from group to group
-  const int64_t turns = ceil_div(groups, kGroupsAtOnce), runs = source.runs();
+  const int64_t groups = rows.groups.count, room = rows.groups.room();
+  const int64_t width = steps * kDepth, turns = ceil_div(groups, kGroupsAtOnce);
+  const int64_t runs = source.runs();
   const int64_t most = tiles_at_once(rows), tiles = ceil_div(panels, most);
   for (int64_t i = 0; i < runs; ++i) {
     const Rows run = source.run(i);
@@ -43,14 +43,16 @@ void multiply_together(const Cut& rows, const Source& source, int64_t panels, in
       Stream soon = source.next(i, tile);
       const int64_t lines = tile.count > 1 ? 0 : ceil_div(soon.pace / 64, turns * PIECES);
       for (int64_t turn = 0; turn < turns; ++turn) {
-        const int64_t g = turn * kGroupsAtOnce;
+        const int64_t g = turn * kGroupsAtOnce, at_once = std::min(kGroupsAtOnce, groups - g);
+        const Rows group = rows.groups.group(g);
+        const uint16_t* pieces = rows.pieces + rows.groups.size(group.first, width);
         multiply_run<PIECES>(
-            {rows.pieces + g * apart + run.first * PIECES * height * kDepth, apart, height, laid.at,
-             run.count, tile.count, laid.apart, sums + (tile.first * room + g * height) * kPanel,
-             room * kPanel, i == 0, soon, lines,
-             later((i * tiles + t) * turns + turn, runs * tiles * turns),
-             far(run.count * kDepth, height * tile.count * kPanel)},
-            std::min(kGroupsAtOnce, groups - g));
+            {pieces + run.first * PIECES * group.count * kDepth,
+             rows.groups.size(group.count, width), group.count, laid.at, run.count, tile.count,
+             laid.apart, sums + (tile.first * room + group.first) * kPanel, room * kPanel, i == 0,
+             soon, lines, later((i * tiles + t) * turns + turn, runs * tiles * turns),
+             far(run.count * kDepth, at_once * group.count * tile.count * kPanel)},
+            at_once);
         soon.at += lines * PIECES * 64 * run.count;
       }
     }
@@ -63,7 +65,7 @@ template <class Source, class Later, class Far>
 void multiply_each(const Matrix& m, const Rows& panels, const Cut& rows, float* sums,
                    const Later& later, const Far& far) {
   const int64_t steps = steps_of(m.in);
-  const TileRegisters registers(rows.groups.height);
+  const TileRegisters registers(rows.groups.height());
   for (int64_t at = 0; at < panels.count;) {
     const Rows left{panels.first + at, panels.count - at};
     const Rows some = Source::together(m, left, tiles_at_once(rows));

@@ -4,6 +4,8 @@
 // low-rank patches, if any; multiply, a few panels of a layer by a chunk of rows at a time. For
 // panels, few rows are one chunk, packed at first; of many, a task packs its own chunk, so that it
 // is in the caches when it is read.
+#include <atomic>
+
 #include "activation.h"
 #include "exports.h"
 #include "norm.h"
@@ -83,7 +85,7 @@ const float* const* shrink_all(Pool* pool, const Projection& p) {
   return starts;
 }
 
-// What becomes of a panel's sums: they are written into the columns of `out`, past the caches where
+// What becomes of a panel's sums: they are written into the columns of `out`, or past the caches where
 // many rows would only push out what products read again, or added to them.
 enum class Write { kKeep, kPass, kAdd };
 
@@ -145,7 +147,7 @@ struct Jobs {
   }
 
   void write(const LinearCall& linear, int64_t panel, const Rows& rows, const float* sums) const {
-    const bool passes = in_tiles(linear) && p.chunks > 1 && linear.matrix->out % 16 == 0 &&
+    const bool passes = kPassesCaches && in_tiles(linear) && p.chunks > 1 && linear.matrix->out % 16 == 0 &&
                         reinterpret_cast<uintptr_t>(linear.out) % 64 == 0;
     const auto how = p.call.mode == Mode::kAdd ? write_out<Write::kAdd>
                      : passes                  ? write_out<Write::kPass>
@@ -219,8 +221,28 @@ void project_one_chunk(Pool* pool, Projection& p, float* plain) {
   pool->run(jobs.count(), [&](int64_t job) { jobs.run(job, chunk); });
 }
 
+// The i-th chunk of the call of that number, made ready by this thread: for the task before, if that
+// had the same one.
+Chunk own_chunk(const Projection& p, uint64_t number, int64_t i) {
+  static thread_local uint64_t last_call = 0;
+  static thread_local int64_t last_chunk = 0;
+  const Rows rows = p.chunk(i);
+  const Groups groups(rows.count, p.pieces());
+  float* packed = p.has_panels ? scratch<kPacked>(rows.count * p.call.width) : nullptr;
+  auto* pieces = p.has_tiles ? scratch<kCut, uint16_t>(groups.size(p.call.width)) : nullptr;
+  const Chunk chunk{rows, packed, {groups, pieces}};
+  if (last_call == number && last_chunk == i) return chunk;
+  for (int64_t g = 0; p.has_panels && g < groups_of(rows.count); ++g)
+    pack(rows, g, p.call.width, p.plain, packed);
+  if (p.has_tiles) cut(p, rows, {0, rows.count}, groups, pieces);
+  last_call = number;
+  last_chunk = i;
+  return chunk;
+}
+
 void project_chunks(Pool* pool, Projection& p, float* plain) {
-  const int64_t width = p.call.width;
+  static std::atomic<uint64_t> calls{0};
+  const uint64_t number = ++calls;
   if (plain != nullptr || p.group_sums != nullptr)
     pool->run(p.chunks, [&](int64_t i) { prepare(p, p.chunk(i), plain); });
   p.shrunk = shrink_all(pool, p);
@@ -229,15 +251,9 @@ void project_chunks(Pool* pool, Projection& p, float* plain) {
   const int64_t wanted = ceil_div(tasks * (pool->threads() - 1), p.chunks);
   const int64_t parts = std::min(std::max<int64_t>(1, wanted), jobs.count());
   pool->run(p.chunks * parts, [&](int64_t task) {
-    const Rows rows = p.chunk(task / parts), own = part(jobs.count(), parts, task % parts);
-    const Groups groups(rows.count, p.pieces());
-    float* packed = p.has_panels ? scratch<kPacked>(rows.count * width) : nullptr;
-    auto* pieces = p.has_tiles ? scratch<kCut, uint16_t>(groups.size(width)) : nullptr;
-    for (int64_t g = 0; p.has_panels && g < groups_of(rows.count); ++g)
-      pack(rows, g, width, p.plain, packed);
-    if (p.has_tiles) cut(p, rows, {0, rows.count}, groups, pieces);
-    for (int64_t job = own.first; job < own.first + own.count; ++job)
-      jobs.run(job, {rows, packed, {groups, pieces}});
+    const Rows own = part(jobs.count(), parts, task % parts);
+    const Chunk chunk = own_chunk(p, number, task / parts);
+    for (int64_t job = own.first; job < own.first + own.count; ++job) jobs.run(job, chunk);
     fence_streams();
   });
 }

@@ -22,13 +22,19 @@ constexpr int64_t kSquare = kSide * kSide;
 constexpr bool kHasTiles = true, kExactInTiles = true;
 constexpr int64_t kHeight = 16;       // rows of a group, at most
 constexpr int64_t kGroupsAtOnce = 2;  // that a run multiplies
+// Whether results of many rows are written to memory: they push out what so fast products read. The
+// next call of slower ones finds them in the last cache.
+constexpr bool kPassesCaches = true;
 #elif defined(__AVX512BF16__)
 constexpr bool kHasTiles = true, kExactInTiles = false;
 constexpr int64_t kHeight = kTileRows;
 constexpr int64_t kGroupsAtOnce = 1;
+constexpr bool kPassesCaches = false;
 #else
 constexpr bool kHasTiles = false, kExactInTiles = false;
 constexpr int64_t kHeight = kTileRows;
+constexpr int64_t kGroupsAtOnce = 1;
+constexpr bool kPassesCaches = false;
 #endif
 
 inline int64_t steps_of(int64_t in) { return ceil_div(in, kDepth); }
