@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "chunk.h"
+#include "dots.h"
 #include "tile.h"
 
 namespace blockllm {
@@ -29,6 +30,35 @@ void for_groups(const Segment& s, const Rows& chunk, Body&& body) {
   }
 }
 
+// How dot products take inputs: kLanes floats at a time,
+template <class T>
+struct ByFloats : T {
+  static constexpr int64_t kInputs = kLanes;
+  static float input(float x) { return x; }
+  static Vec inputs(const float* x) { return load(x); }
+  static Vec factors(const typename T::Element* a) { return T::row(a); }
+  static Vec add(Vec y, Vec x, Vec a) { return fma(x, a, y); }
+};
+
+#if defined(__AVX512BF16__)
+
+// or in pairs, rounded to bfloat16.
+struct ByPairs : BFloat16 {
+  static constexpr int64_t kInputs = 2 * kLanes;
+  static float input(float x) {
+    uint16_t rounded;
+    write(&x, 1, &rounded);
+    return value(rounded);
+  }
+  static __m512bh inputs(const float* x) {
+    return _mm512_cvtne2ps_pbh(load(x + kLanes), load(x));
+  }
+  static __m512bh factors(const uint16_t* a) { return pairs(a); }
+  static Vec add(Vec y, __m512bh x, __m512bh a) { return _mm512_dpbf16_ps(y, x, a); }
+};
+
+#endif
+
 // Dot products of R rows of x with J rows of A: out[j * stride + r]. Meanwhile what lies at `soon`
 // is fetched, as much as is read of A.
 template <class T, int R, int J>
@@ -39,16 +69,16 @@ void shrink_tile(const float* x, const typename T::Element* a, const typename T:
 #pragma GCC unroll 16
   for (int i = 0; i < kSums; ++i) total[i] = zero();
   int64_t k = 0;
-  for (; k + kLanes <= width; k += kLanes) {
-    Vec row[R];
+  for (; k + T::kInputs <= width; k += T::kInputs) {
+    decltype(T::inputs(x)) row[R];
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) row[r] = load(x + r * width + k);
+    for (int r = 0; r < R; ++r) row[r] = T::inputs(x + r * width + k);
 #pragma GCC unroll 4
     for (int j = 0; j < J; ++j) {
       _mm_prefetch(reinterpret_cast<const char*>(soon + j * width + k), _MM_HINT_T0);
-      const Vec factor = T::row(a + j * width + k);
+      const auto factor = T::factors(a + j * width + k);
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) total[j * R + r] = fma(row[r], factor, total[j * R + r]);
+      for (int r = 0; r < R; ++r) total[j * R + r] = T::add(total[j * R + r], row[r], factor);
     }
   }
   float values[kSums];
@@ -58,7 +88,7 @@ void shrink_tile(const float* x, const typename T::Element* a, const typename T:
   for (int j = 0; j < J; ++j) {
     for (int r = 0; r < R; ++r) {
       float value = values[j * R + r];
-      for (int64_t t = k; t < width; ++t) value += x[r * width + t] * T::value(a[j * width + t]);
+      for (int64_t t = k; t < width; ++t) value += T::input(x[r * width + t]) * T::value(a[j * width + t]);
       out[j * stride + r] = scale * value;
     }
   }
@@ -95,9 +125,9 @@ void shrink_rows(const Shrink& s, const float* x, int64_t width, float scale, fl
     shrink_tile<T, R, 1>(x, a + j * width, next, width, scale, out + j * stride, stride);
 }
 
-// shrunk[j][i] = scale * <x[i], A[j]>.
+// shrunk[j][i] = scale * <x[i], A[j]>, by dot products of T.
 template <class T>
-void shrink(const Shrink& s, const float* rows, int64_t width) {
+void shrink_by(const Shrink& s, const float* rows, int64_t width) {
   const Segment& segment = *s.segment;
   const Rows& group = s.group;
   const auto scale = static_cast<float>(segment.scale);
@@ -124,6 +154,16 @@ void shrink(const Shrink& s, const float* rows, int64_t width) {
         tiles(std::integral_constant<int, kShrinkRows>());
     }
   }
+}
+
+// The same as A is stored; where rounding is allowed, rows may be rounded to bfloat16.
+inline void shrink(const Shrink& s, const float* rows, int64_t width, bool rounding) {
+#if defined(__AVX512BF16__)
+  if (rounding && s.segment->a_storage == Storage::kBF16)
+    return shrink_by<ByPairs>(s, rows, width);
+#endif
+  with_storage(s.segment->a_storage,
+               [&](auto type) { shrink_by<ByFloats<decltype(type)>>(s, rows, width); });
 }
 
 // What `expand` will read of a segment's B for some panels.

@@ -26,8 +26,8 @@ inline int64_t tiles_at_once(const Cut& rows) {
 }
 
 // sums[panel][row][kPanel] = rows times some panels, which are read together. It takes several
-// turns, in each of which the lines of later(turn, turns) are fetched, and what far(inputs, products
-// with each) names.
+// turns, in each of which the lines of later(turn, turns) are fetched, and what far(inputs,
+// products with each) names.
 template <int PIECES, class Source, class Later, class Far>
 void multiply_together(const Cut& rows, const Source& source, int64_t panels, int64_t steps,
                        float* sums, const Later& later, const Far& far) {

@@ -39,21 +39,23 @@ void pack(const Rows& rows, int64_t g, int64_t width, const float* plain, float*
              packed + group.first * width);
 }
 
-// Calls body for every task of the shrinking job.
+// Calls body for every task of the shrinking job, chunk by chunk: the rows that a thread reads for
+// one linear layer are near for the next. The shrunk rows of each layer begin at `starts`.
 template <class Body>
-void for_shrinks(const Projection& p, float* shrunk, Body&& body) {
-  for (int64_t i = 0; i < p.call.count; ++i) {
-    const Patch* patch = p.call.linears[i].patch;
-    if (patch == nullptr) continue;
-    for (const Segment* s = patch->segments(); s != patch->segments() + patch->count; ++s) {
-      const int64_t parts = ceil_div(s->rank, kRanksPerTask);
-      for (int64_t c = 0; c < p.chunks; ++c)
-        for_groups(*s, p.chunk(c), [&](const Rows& group) {
+void for_shrinks(const Projection& p, float* const* starts, Body&& body) {
+  for (int64_t c = 0; c < p.chunks; ++c) {
+    const Rows chunk = p.chunk(c);
+    for (int64_t i = 0; i < p.call.count; ++i) {
+      const Patch* patch = p.call.linears[i].patch;
+      for (int64_t n = 0; patch != nullptr && n < patch->count; ++n) {
+        const Segment& s = patch->segments()[n];
+        const int64_t parts = ceil_div(s.rank, kRanksPerTask);
+        for_groups(s, chunk, [&](const Rows& group) {
           for (int64_t j = 0; j < parts; ++j)
-            body(Shrink{s, group, part(s->rank, parts, j), shrunk, nullptr});
+            body(Shrink{&s, group, part(s.rank, parts, j), starts[i], nullptr});
         });
+      }
     }
-    shrunk += patch->shrunk_floats;
   }
 }
 
@@ -66,27 +68,26 @@ const float* const* shrink_all(Pool* pool, const Projection& p) {
   }
   if (floats == 0) return nullptr;
   float* shrunk = scratch<kShrunk>(floats);
-  auto* starts = scratch<kShrunkStarts, const float*>(p.call.count);
-  const float* start = shrunk;
+  auto** starts = scratch<kShrunkStarts, float*>(p.call.count);
+  float* start = shrunk;
   for (int64_t i = 0; i < p.call.count; ++i) {
     const Patch* patch = p.call.linears[i].patch;
     starts[i] = start;
     start += patch == nullptr ? 0 : patch->shrunk_floats;
   }
-  for_shrinks(p, shrunk, [&](const Shrink&) { ++tasks; });
+  for_shrinks(p, starts, [&](const Shrink&) { ++tasks; });
   auto* list = scratch<kShrinkTasks, Shrink>(tasks);
-  for_shrinks(p, shrunk, [&, n = int64_t{0}](const Shrink& task) mutable { list[n++] = task; });
+  for_shrinks(p, starts, [&, n = int64_t{0}](const Shrink& task) mutable { list[n++] = task; });
   for (int64_t i = 0; i < tasks; ++i)
     list[i].next = list[std::min(i + 1, tasks - 1)].factors(p.call.width);
   pool->run(tasks, [&](int64_t i) {
-    with_storage(list[i].segment->a_storage,
-                 [&](auto type) { shrink<decltype(type)>(list[i], p.plain, p.call.width); });
+    shrink(list[i], p.plain, p.call.width, p.call.rounding != 0);
   });
   return starts;
 }
 
-// What becomes of a panel's sums: they are written into the columns of `out`, or past the caches where
-// many rows would only push out what products read again, or added to them.
+// What becomes of a panel's sums: they are written into the columns of `out`, or past the caches
+// where many rows would only push out what products read again, or added to them.
 enum class Write { kKeep, kPass, kAdd };
 
 template <Write how>
@@ -147,7 +148,8 @@ struct Jobs {
   }
 
   void write(const LinearCall& linear, int64_t panel, const Rows& rows, const float* sums) const {
-    const bool passes = kPassesCaches && in_tiles(linear) && p.chunks > 1 && linear.matrix->out % 16 == 0 &&
+    const bool passes = kPassesCaches && in_tiles(linear) && p.chunks > 1 &&
+                        linear.matrix->out % 16 == 0 &&
                         reinterpret_cast<uintptr_t>(linear.out) % 64 == 0;
     const auto how = p.call.mode == Mode::kAdd ? write_out<Write::kAdd>
                      : passes                  ? write_out<Write::kPass>
@@ -221,8 +223,8 @@ void project_one_chunk(Pool* pool, Projection& p, float* plain) {
   pool->run(jobs.count(), [&](int64_t job) { jobs.run(job, chunk); });
 }
 
-// The i-th chunk of the call of that number, made ready by this thread: for the task before, if that
-// had the same one.
+// The i-th chunk of the call of that number, made ready by this thread: for the task before, if
+// that had the same one.
 Chunk own_chunk(const Projection& p, uint64_t number, int64_t i) {
   static thread_local uint64_t last_call = 0;
   static thread_local int64_t last_chunk = 0;

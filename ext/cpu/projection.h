@@ -104,8 +104,8 @@ inline void fetch_target(const LinearCall& linear, int64_t panel, const Rows& ro
 }
 
 // sums[panel][row][kPanel] of `panels`, which are read together, for one chunk of rows. Meanwhile
-// the next run is fetched, a share by each group, the patch's pieces, one by each group and run, and
-// what the threads' errand wants.
+// the next run is fetched, a share by each group, the patch's pieces, one by each group and run,
+// and what the threads' errand wants.
 template <class T, class Source>
 void multiply(const Projection& p, const LinearCall& linear, const Rows& panels, const Chunk& chunk,
               float* sums) {
