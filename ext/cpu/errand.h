@@ -62,11 +62,11 @@ class Errand {
     double due;
   };
 
-  // Lists pages in the order in which attention takes its blocks.
+  // Lists pages in the order of blocks, which attention shares out alike.
   void list_pages(const Attention<Float32>& a) {
     const AttendCall& call = a.call;
     const auto each = [&](auto&& body) {
-      for (int64_t b = call.plan->blocks - 1; b >= 0; --b) {
+      for (int64_t b = 0; b < call.plan->blocks; ++b) {
         const Reach reach = a.reach(b);
         const int32_t* pages = a.pages(reach.first);
         const int64_t last = a.position(reach.last - 1) / call.page;
