@@ -18,22 +18,12 @@ constexpr int64_t kQueriesInline = 16;   // so many of a block are made ready an
 constexpr int64_t kRowsPerTask = 16;
 constexpr int64_t kTasksPerThread = 4;  // fewer blocks than that are split by heads, then by spans
 
-// The block that is attended as the i-th one. A thread begins with those whose rows it takes in
-// projections too, so that they are in its caches, and with the last of them: of a prompt, later
-// blocks see more and take longer.
-int64_t block_of(const Pool& pool, int64_t blocks, int64_t i) {
-  int64_t thread = 0;
-  while (Pool::first_task(blocks, thread + 1, pool.threads()) <= i) ++thread;
-  const int64_t first = Pool::first_task(blocks, thread, pool.threads());
-  return first + Pool::first_task(blocks, thread + 1, pool.threads()) - 1 - i;
-}
-
 // Calls body(block, head) for every block and kv head.
 template <class Way, class Body>
 void each_head(Pool* pool, const Way& way, const Body& body) {
   const int64_t heads = way.a.call.kv_heads, blocks = way.a.call.plan->blocks;
   pool->run(blocks * heads, [&](int64_t task) {
-    body(block_of(*pool, blocks, task / heads), task % heads);
+    body(block_of(task / heads, blocks, pool->threads()), task % heads);
   });
 }
 
@@ -111,7 +101,7 @@ void attend(Pool* pool, const Way& way) {
   const int64_t heads = way.a.call.kv_heads, enough = kTasksPerThread * pool->threads();
   if (plan.blocks >= enough || pool->threads() == 1) {
     return pool->run(plan.blocks, [&](int64_t task) {
-      const int64_t block = block_of(*pool, plan.blocks, task);
+      const int64_t block = block_of(task, plan.blocks, pool->threads());
       attend_block(way, block, 0, heads, block - 1);
     });
   }

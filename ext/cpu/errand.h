@@ -27,29 +27,33 @@ class Errand {
   void begin(const AttendCall& call, double products, int64_t most) {
     const int64_t element = call.storage == Storage::kF32 ? 4 : 2;
     page_bytes_ = 2 * call.page * call.kv_heads * call.dim * element;
-    list_pages(Attention<Float32>(call));
-    share_pages(most);
-    const double lines = static_cast<double>(count_ * page_bytes_ / kLine);
+    const int64_t pages = list_pages(Attention<Float32>(call), most / page_bytes_ / threads_);
+    const auto lines = static_cast<double>(pages * page_bytes_ / kLine);
     lines_per_product_ = std::min(lines / products, 1 / kProductsPerLine);
   }
 
+  // From now on nothing is.
+  void end() { shares_ = nullptr; }
+
   // Of this thread's share, what is to be fetched while it takes so many inputs, with so many
-  // multiply-adds for each: lines that lie together. Nothing once all are asked for.
+  // multiply-adds for each: bytes that lie together. Nothing once all are asked for.
   Stream next(int64_t inputs, int64_t products) {
     if (shares_ == nullptr) return {};
     Share& own = shares_[Pool::thread()];
     if (own.page == own.last) return {};
     own.due += lines_per_product_ * static_cast<double>(inputs * products);
-    const auto lines = static_cast<int64_t>(own.due);
-    own.due -= static_cast<double>(lines);
+    const int64_t left = page_bytes_ - own.done;
+    const int64_t pace = std::min(static_cast<int64_t>(own.due) * kLine, left) / inputs;
+    if (pace == 0 && left >= inputs) return {};
     const char* at = pages_[own.page] + own.done;
-    const int64_t bytes = std::min(lines * kLine, page_bytes_ - own.done);
+    const int64_t bytes = pace == 0 ? left : pace * inputs;
+    own.due -= static_cast<double>(bytes) / kLine;
     own.done += bytes;
     if (own.done == page_bytes_) {
       ++own.page;
       own.done = 0;
     }
-    return {at, ceil_div(bytes, inputs), 0};
+    return {at, std::max<int64_t>(pace, 1), 0};
   }
 
  private:
@@ -62,36 +66,38 @@ class Errand {
     double due;
   };
 
-  // Lists pages in the order of blocks, which attention shares out alike.
-  void list_pages(const Attention<Float32>& a) {
+  // Lists the pages of the blocks that each thread attends, in its order, of which it fetches so
+  // many; how many these are in all.
+  int64_t list_pages(const Attention<Float32>& a, int64_t most) {
     const AttendCall& call = a.call;
+    const int64_t blocks = call.plan->blocks;
     const auto each = [&](auto&& body) {
-      for (int64_t b = 0; b < call.plan->blocks; ++b) {
-        const Reach reach = a.reach(b);
+      for (int64_t i = 0; i < blocks; ++i) {
+        const Reach reach = a.reach(block_of(i, blocks, threads_));
         const int32_t* pages = a.pages(reach.first);
         const int64_t last = a.position(reach.last - 1) / call.page;
-        for (int64_t i = a.lowest(reach.first) / call.page; i <= last; ++i) body(pages[i]);
+        for (int64_t at = a.lowest(reach.first) / call.page; at <= last; ++at) body(i, pages[at]);
       }
     };
-    count_ = 0;
-    each([&](int64_t) { ++count_; });
-    pages_ = scratch<kPages, const char*>(count_);
-    each([&, to = pages_](int64_t page) mutable {
-      *to++ = static_cast<const char*>(call.cache) + page * page_bytes_;
-    });
-  }
-
-  void share_pages(int64_t most) {
+    int64_t count = 0, listed = 0, fetched = 0;
+    each([&](int64_t, int64_t) { ++count; });
+    pages_ = scratch<kPages, const char*>(count);
     shares_ = scratch<kShares, Share>(threads_);
-    const int64_t each = most / page_bytes_ / threads_;
-    for (int64_t i = 0; i < threads_; ++i) {
-      const Rows own = part(count_, threads_, i);
-      shares_[i] = {own.first, own.first + std::min(own.count, each), 0, 0};
-    }
+    for (int64_t thread = 0; thread < threads_; ++thread) shares_[thread] = {0, 0, 0, 0};
+    each([&](int64_t i, int64_t page) {
+      pages_[listed] = static_cast<const char*>(call.cache) + page * page_bytes_;
+      Share& share = shares_[thread_of(i, blocks, threads_)];
+      if (share.last == 0) share.page = share.last = listed;
+      ++listed;
+      if (share.last - share.page == most) return;
+      ++share.last;
+      ++fetched;
+    });
+    return fetched;
   }
 
   const int64_t threads_;
-  int64_t page_bytes_ = 0, count_ = 0;
+  int64_t page_bytes_ = 0;
   double lines_per_product_ = 0;
   const char** pages_ = nullptr;
   Share* shares_ = nullptr;

@@ -88,7 +88,8 @@ void shrink_tile(const float* x, const typename T::Element* a, const typename T:
   for (int j = 0; j < J; ++j) {
     for (int r = 0; r < R; ++r) {
       float value = values[j * R + r];
-      for (int64_t t = k; t < width; ++t) value += T::input(x[r * width + t]) * T::value(a[j * width + t]);
+      for (int64_t t = k; t < width; ++t)
+        value += T::input(x[r * width + t]) * T::value(a[j * width + t]);
       out[j * stride + r] = scale * value;
     }
   }

@@ -15,8 +15,8 @@ namespace blockllm {
 constexpr int64_t kExactPieces = 3;
 
 // How rows are divided into as few groups as there can be: of one height, where several are
-// multiplied at once, so that the last may have room for more rows than are left (what lies there is
-// never written nor its products read), else of heights that differ by one at most.
+// multiplied at once, so that the last may have room for more rows than are left (what lies there
+// is never written nor its products read), else of heights that differ by one at most.
 struct Groups {
   int64_t rows, count, pieces;
 

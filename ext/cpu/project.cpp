@@ -2,8 +2,8 @@
 //
 // Three jobs for the threads: normalize the rows and cut them for tiles; shrink them for the
 // low-rank patches, if any; multiply, a few panels of a layer by a chunk of rows at a time. For
-// panels, few rows are one chunk, packed at first; of many, a task packs its own chunk, so that it
-// is in the caches when it is read.
+// panels, few rows are one chunk, packed at first; of many, a thread packs the chunk of its task,
+// if it has not yet, so that it is in the caches when it is read.
 #include <atomic>
 
 #include "activation.h"
@@ -223,8 +223,8 @@ void project_one_chunk(Pool* pool, Projection& p, float* plain) {
   pool->run(jobs.count(), [&](int64_t job) { jobs.run(job, chunk); });
 }
 
-// The i-th chunk of the call of that number, made ready by this thread: for the task before, if
-// that had the same one.
+// The i-th chunk of the call of that number, packed and cut in this thread's scratch, where nothing
+// else of a call is: what the task before has left is kept, if it had the same one.
 Chunk own_chunk(const Projection& p, uint64_t number, int64_t i) {
   static thread_local uint64_t last_call = 0;
   static thread_local int64_t last_chunk = 0;

@@ -38,7 +38,7 @@ class Replay {
       }
       if (attend <= i) {
         attend = find(Operation::kAttend, i + 1);
-        if (attend < call_.count) fetch_pages(i, attend);
+        fetch_pages(i, attend);
       }
       run(call_.calls[i]);
     }
@@ -50,16 +50,25 @@ class Replay {
     return from;
   }
 
-  // Fetches the pages of an attention during the projections before it.
+  // Fetches the pages of an attention, if there is one, during the projections before it.
   void fetch_pages(int64_t from, int64_t attend) {
+    errand_.end();
+    if (attend == call_.count) return;
     const auto& call = *static_cast<const AttendCall*>(call_.calls[attend].call);
     double products = 0;
-    for (int64_t i = from; i < attend; ++i) {
-      const ProjectCall* p = projection(call_.calls[i]);
-      for (int64_t j = 0; p != nullptr && j < p->count; ++j)
-        products += static_cast<double>(p->rows * p->width * p->linears[j].matrix->out);
-    }
+    for (int64_t i = from; i < attend; ++i)
+      if (const ProjectCall* p = projection(call_.calls[i])) products += products_of(*p);
     if (products > 0 && call.plan->rows >= kFewestRows) errand_.begin(call, products, most_ahead());
+  }
+
+  // Multiply-adds that leave time for an errand: of codes, nothing is fetched meanwhile.
+  static double products_of(const ProjectCall& call) {
+    double products = 0;
+    for (int64_t i = 0; i < call.count; ++i) {
+      const Matrix& m = *call.linears[i].matrix;
+      if (!is_grouped(m.storage)) products += static_cast<double>(call.rows * m.in * m.out);
+    }
+    return products;
   }
 
   void run(const Replayed& replayed) {

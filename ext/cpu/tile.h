@@ -40,7 +40,7 @@ struct Group {
 };
 
 // What a tile reads and writes: `a` is [run][M], panels lie `panel_stride` elements apart, their
-// sums `sums_stride` floats. Of a tile of several panels, `later` is not fetched.
+// sums `sums_stride` floats. Of a tile of several panels, `later` and `far` are not fetched.
 template <class Element>
 struct TileCall {
   const float* a;

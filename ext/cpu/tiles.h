@@ -22,8 +22,8 @@ constexpr int64_t kSquare = kSide * kSide;
 constexpr bool kHasTiles = true, kExactInTiles = true;
 constexpr int64_t kHeight = 16;       // rows of a group, at most
 constexpr int64_t kGroupsAtOnce = 2;  // that a run multiplies
-// Whether results of many rows are written to memory: they push out what so fast products read. The
-// next call of slower ones finds them in the last cache.
+// Whether results of many rows are written to memory, past the caches. They would push out what is
+// read; but where products take longer, the next call finds them in the last cache.
 constexpr bool kPassesCaches = true;
 #elif defined(__AVX512BF16__)
 constexpr bool kHasTiles = true, kExactInTiles = false;
