@@ -15,16 +15,11 @@ struct Reach {
   int64_t span_begin, span_end;  // spans
 };
 
-// The thread that attends the i-th of some blocks, unless others are done before it.
-inline int64_t thread_of(int64_t i, int64_t blocks, int64_t threads) {
-  return ((i + 1) * threads - 1) / blocks;
-}
-
 // The block that is attended as the i-th one. A thread has blocks that lie together, as it has rows
 // where projections share them out, and begins with the last: of a prompt, later blocks see more
 // and take longer.
 inline int64_t block_of(int64_t i, int64_t blocks, int64_t threads) {
-  const Rows own = part(blocks, threads, thread_of(i, blocks, threads));
+  const Rows own = part(blocks, threads, part_with(blocks, threads, i));
   return 2 * own.first + own.count - 1 - i;
 }
 

@@ -19,6 +19,11 @@ inline Rows part(int64_t count, int64_t parts, int64_t i) {
   return {first, count * (i + 1) / parts - first};
 }
 
+// Which of these parts has a row.
+inline int64_t part_with(int64_t count, int64_t parts, int64_t row) {
+  return ((row + 1) * parts - 1) / count;
+}
+
 inline int64_t groups_of(int64_t count) { return ceil_div(count, kTileRows); }
 
 // packed[k][i] = rows[i][k]

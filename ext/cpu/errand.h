@@ -25,8 +25,7 @@ class Errand {
   // From now on the pages of this call are fetched, during so many multiply-adds; at most so many
   // bytes.
   void begin(const AttendCall& call, double products, int64_t most) {
-    const int64_t element = call.storage == Storage::kF32 ? 4 : 2;
-    page_bytes_ = 2 * call.page * call.kv_heads * call.dim * element;
+    page_bytes_ = 2 * call.page * call.kv_heads * call.dim * element_bytes(call.storage);
     const int64_t pages = list_pages(Attention<Float32>(call), most / page_bytes_ / threads_);
     const auto lines = static_cast<double>(pages * page_bytes_ / kLine);
     lines_per_product_ = std::min(lines / products, 1 / kProductsPerLine);
@@ -86,7 +85,7 @@ class Errand {
     for (int64_t thread = 0; thread < threads_; ++thread) shares_[thread] = {0, 0, 0, 0};
     each([&](int64_t i, int64_t page) {
       pages_[listed] = static_cast<const char*>(call.cache) + page * page_bytes_;
-      Share& share = shares_[thread_of(i, blocks, threads_)];
+      Share& share = shares_[part_with(blocks, threads_, i)];
       if (share.last == 0) share.page = share.last = listed;
       ++listed;
       if (share.last - share.page == most) return;

@@ -104,8 +104,8 @@ struct Shrink {
   const void* next;
 
   const void* factors(int64_t width) const {
-    const int64_t element = segment->a_storage == Storage::kF32 ? 4 : 2;
-    return static_cast<const char*>(segment->a) + ranks.first * width * element;
+    return static_cast<const char*>(segment->a) +
+           ranks.first * width * element_bytes(segment->a_storage);
   }
 };
 
@@ -169,7 +169,7 @@ inline void shrink(const Shrink& s, const float* rows, int64_t width, bool round
 
 // What `expand` will read of a segment's B for some panels.
 inline Stream piece_of(const Segment& s, const Rows& panels, int64_t steps) {
-  const int64_t element = s.b_storage == Storage::kF32 ? 4 : 2, stride = s.rank * kPanel * element;
+  const int64_t stride = s.rank * kPanel * element_bytes(s.b_storage);
   return {static_cast<const char*>(s.b) + panels.first * stride,
           ceil_div(panels.count * stride, steps)};
 }

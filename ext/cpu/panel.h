@@ -71,6 +71,9 @@ struct Float16 {
   static float value(Element bits) { return _cvtsh_ss(bits); }
 };
 
+// Bytes of an element of floats, whole ones or halves.
+constexpr int64_t element_bytes(Storage storage) { return storage == Storage::kF32 ? 4 : 2; }
+
 // Calls body with the type that describes a storage in panels.
 template <class Body>
 void with_storage(Storage storage, Body&& body) {

@@ -30,7 +30,7 @@ struct Groups {
   }
   // The group that has a row.
   int64_t with(int64_t row) const {
-    return kGroupsAtOnce > 1 ? row / height() : ((row + 1) * count - 1) / rows;
+    return kGroupsAtOnce > 1 ? row / height() : part_with(rows, count, row);
   }
   // Rows that there is room for.
   int64_t room() const { return kGroupsAtOnce > 1 ? count * height() : rows; }

@@ -164,7 +164,7 @@ inline Rows bytes_of(const Matrix& m, const Rows& panels) {
   }
   const int64_t each = m.storage == Storage::kTiles
                            ? unfolded_bytes<TileOrder>(m.in)
-                           : m.in * kPanel * (m.storage == Storage::kF32 ? 4 : 2);
+                           : m.in * kPanel * element_bytes(m.storage);
   return {each * panels.first, each * panels.count};
 }
 
