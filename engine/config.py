@@ -110,6 +110,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         bool, Meta(description="keep the pages of past prompts for equal beginnings")
     ] = True
 
+    num_speculative_tokens: Annotated[
+        Amount,
+        Meta(
+            description="tokens that are guessed ahead of a stream, from what was said before, and "
+            "verified in one step where that costs little: answers stay the same; 0: none"
+        ),
+    ] = 7
+
     shutdown_timeout: Annotated[
         Seconds, Meta(description="seconds that running requests get to end before the exit")
     ] = 30.0

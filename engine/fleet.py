@@ -197,6 +197,7 @@ class Fleet:
             max_sequences=config.max_num_seqs,
             max_rows=config.max_num_batched_tokens,
             prefix_cache=config.enable_prefix_caching,
+            speculative_tokens=config.num_speculative_tokens,
             heartbeat_s=HEARTBEAT_S,
             log_level=config.log_level,
         )

@@ -51,6 +51,8 @@ class ClusterGauges(Collector):
         for name, key, text in (
             ("prefix_cache_queries", "prefix_query_tokens", "Prompt tokens looked up."),
             ("prefix_cache_hits", "prefix_hit_tokens", "Prompt tokens found in the cache."),
+            ("spec_decode_num_draft_tokens", "draft_tokens", "Tokens that were guessed."),
+            ("spec_decode_num_accepted_tokens", "accepted_tokens", "Guesses that were right."),
         ):
             yield CounterMetricFamily(f"blockllm_{name}", text, value=counters[key])
         work = CounterMetricFamily(

@@ -13,6 +13,8 @@ _NAMES = {
     "blockllm_kv_cache_usage": "vllm:kv_cache_usage_perc",
     "blockllm_prefix_cache_queries": "vllm:prefix_cache_queries",
     "blockllm_prefix_cache_hits": "vllm:prefix_cache_hits",
+    "blockllm_spec_decode_num_draft_tokens": "vllm:spec_decode_num_draft_tokens",
+    "blockllm_spec_decode_num_accepted_tokens": "vllm:spec_decode_num_accepted_tokens",
     "blockllm_time_to_first_token_seconds": "vllm:time_to_first_token_seconds",
     "blockllm_inter_token_latency_seconds": "vllm:inter_token_latency_seconds",
     "blockllm_e2e_request_latency_seconds": "vllm:e2e_request_latency_seconds",

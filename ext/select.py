@@ -23,6 +23,8 @@ _log = logging.getLogger(__name__)
 
 # Whose kernels attend on CUDA; "auto": FlashInfer's where it is installed and has the shape.
 AttentionBackend = Literal["auto", "flashinfer", "triton"]
+# From so many rows on, products of a CPU take longer than reading what they multiply.
+_FEW_ROWS = 8
 # Versions of FlashInfer whose interface `ext.cuda.flash` was written to.
 FLASHINFER, FLASHINFER_AFTER = (0, 6, 14), (0, 7)
 
@@ -69,6 +71,13 @@ def select_replays(ops: Ops) -> Replays | None:
 
         return Graphs(ops.device)
     return None
+
+
+def select_guessing(ops: Ops) -> int:
+    """Rows up to which a wave of these kernels waits for memory, so that guessed tokens are
+    verified at little cost; 0 where rows may depend on what shares their wave, or where captured
+    steps have one row of a sequence."""
+    return _FEW_ROWS if ops.name == "cpu" else 0
 
 
 def select_parking(ops: Ops, limit_bytes: int) -> Parking | None:

@@ -22,29 +22,27 @@ Piece = tuple[int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The next `count` positions of a request, entering its chain at `span.depth`."""
+    """The next `count` positions of a request, entering its chain at `span.depth`; at the last
+    `guesses` of them stand tokens that were guessed."""
 
     request: Request
     span: Span
     count: int
+    guesses: int = 0
 
     @property
     def end(self) -> int:
         return self.span.first + self.count
 
     @property
-    def is_last(self) -> bool:
-        """Whether it computes the newest token, so that the next one can be chosen."""
-        return self.end == self.request.length
-
-    @property
     def wanted(self) -> range:
-        """Its positions whose logits are wanted, counted from its first: the newest token's, or for
-        logprobs of the prompt all but virtual ones."""
+        """Its positions whose logits are wanted, counted from its first: those of the newest token
+        and of guesses, or for logprobs of the prompt all but virtual ones."""
         if self.request.sampling.prompt_logprobs >= 0 and self.request.is_prefilling:
             virtual = self.request.chain.virtual - self.span.first
             return range(min(max(0, virtual), self.count), self.count)
-        return range(self.count - self.is_last, self.count)
+        newest = self.request.length - 1 - self.span.first
+        return range(min(newest, self.count), self.count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +84,11 @@ def decide(
     page: int,
     now: float,
     last_turn: Mapping[Group, int],
+    guesses: Mapping[RequestId, int] | None = None,
 ) -> list[Step]:
     """Steps of the next wave. Chains of different widths cannot share one: the group whose last
-    turn (`last_turn`, a growing number) is longest ago goes first."""
+    turn (`last_turn`, a growing number) is longest ago goes first. `guesses` says how many tokens
+    were guessed of whom."""
     groups: dict[Group, list[Request]] = {}
     for request in running:
         groups.setdefault(request.chain.group, []).append(request)
@@ -101,6 +101,10 @@ def decide(
     for request in groups[chosen]:
         if request.is_prefilling:
             prompts.append(request)
+            continue
+        guessed = 0 if guesses is None else guesses.get(request.id, 0)
+        if guessed and budget.take(request.chain, 0, 1 + guessed):
+            steps.append(Step(request, request.next_span, 1 + guessed, guessed))
         elif budget.take(request.chain, 0, 1):
             steps.append(Step(request, request.next_span, 1))
     prompts.sort(key=lambda r: _urgency(r, now))

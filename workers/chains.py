@@ -16,6 +16,7 @@ from zoo.manifest import (
     Attachment,
     AttachmentDigest,
     EmbedSpec,
+    ForeignSpec,
     Manifests,
     MlpSpec,
     Prefix,
@@ -104,6 +105,11 @@ class ServedChain:
     def group(self) -> tuple[int, KvShape]:
         """Chains of one group can share a wave: same width, same pages."""
         return (self.hidden, self.kv)
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether some of its units are layers of classes that are not ours."""
+        return any(isinstance(unit.spec, ForeignSpec) for unit in self.units)
 
     @property
     def path(self) -> tuple[int, ...]:

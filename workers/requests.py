@@ -77,6 +77,14 @@ class Request:
         """What the next step computes, at most."""
         return self.spans[0] if self.spans else Span(0, self.computed, self.length)
 
+    def guess(self, tokens: np.ndarray) -> None:
+        """Lay what may come next behind the known tokens."""
+        self.tokens[self.length : self.length + len(tokens)] = tokens
+
+    def is_guessed(self, token: int) -> bool:
+        """Whether the next token, were it this one, is as it was guessed."""
+        return bool(self.tokens[self.length] == token)
+
 
 class Requests:
     """All requests of a worker, waiting and running."""

@@ -238,9 +238,12 @@ class Runner:
 
     def _replay(self, running: _Running, stage: Stage, passage: Passage, x: Tensor) -> bool:
         """Run a decode stage as a captured step, if there is such a thing for it."""
-        if self._replays is None or len(x) != len(stage.steps) or not passage.replayable:
+        if self._replays is None or not passage.replayable:
             return False
-        if any(running.wave.steps[i].count > 1 for i in stage.steps):
+        steps = [running.wave.steps[i] for i in stage.steps]
+        if len(x) != sum(1 + step.guesses for step in steps):
+            return False
+        if any(step.count > 1 + step.guesses for step in steps):
             return False  # of prompts, above the last attention
         cache = running.cache
         return self._replays.run(

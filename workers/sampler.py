@@ -43,12 +43,14 @@ class Sampler:
         self._counts.pop(request, None)
 
     def choose(
-        self, logits: Tensor, requests: Sequence[Request]
+        self, logits: Tensor, requests: Sequence[Request], numbers: Sequence[int] | None = None
     ) -> tuple[list[int], dict[int, Logprobs]]:
-        """The next token of each row of logits [n, vocabulary] float32, and logprobs by row. The
-        rows stay on their device: only what was chosen is asked of it."""
+        """The next token of each row of logits [n, vocabulary] float32, and logprobs by row: each
+        the output token of that number, by default its request's next one. The rows stay on their
+        device: only what was chosen is asked of it."""
         raw = logits
-        shaped = [i for i, r in enumerate(requests) if _is_shaped(r.sampling)]
+        numbers = [r.outputs for r in requests] if numbers is None else numbers
+        shaped = [i for i, r in enumerate(requests) if is_shaped(r.sampling)]
         if shaped:
             logits = logits.clone()
             for i in shaped:
@@ -58,7 +60,8 @@ class Sampler:
         tokens: list[int] = [0] * len(drawn) if everything else self._argmax(logits).tolist()
         if drawn:
             rows = logits if everything else logits[drawn]
-            chosen = _draw(rows, [requests[i] for i in drawn])
+            draws = [uniform(requests[i].sampling.seed, numbers[i]) for i in drawn]
+            chosen = _draw(rows, [requests[i].sampling for i in drawn], draws)
             for i, token in zip(drawn, chosen, strict=True):
                 tokens[i] = token
         wanted = [i for i, r in enumerate(requests) if r.sampling.logprobs >= 0]
@@ -108,7 +111,8 @@ class Sampler:
         return counts
 
 
-def _is_shaped(s: Sampling) -> bool:
+def is_shaped(s: Sampling) -> bool:
+    """Whether logits are changed by what a request asks for, or by its tokens so far."""
     return bool(s.logit_bias or s.allowed_token_ids or s.min_tokens) or _has_penalties(s)
 
 
@@ -123,11 +127,9 @@ def uniform(seed: int, number: int) -> float:
     return (bits >> 11) * 2.0**-53
 
 
-def _draw(logits: Tensor, requests: Sequence[Request]) -> list[int]:
+def _draw(logits: Tensor, s: Sequence[Sampling], draws: Sequence[float]) -> list[int]:
     """Sample each row at its temperature and limits."""
-    s = [r.sampling for r in requests]
     probabilities = torch.softmax(logits / _column([x.temperature for x in s], logits), dim=1)
-    draws = [uniform(r.sampling.seed, r.outputs) for r in requests]
     if any(x.min_p > 0 for x in s):
         floor = probabilities.amax(1, keepdim=True) * _column([x.min_p for x in s], logits)
         probabilities = probabilities.masked_fill(probabilities < floor, 0.0)

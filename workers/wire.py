@@ -63,7 +63,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     on a GPU `memory_utilization` is the share of its memory for both together.
     `max_rows` is the token budget of one wave (decode rows first, the rest prefill); 0: what suits
     the device. `dtype` "auto" is exact, `kv_dtype` "auto" is what layers multiply. `load_format`
-    "dummy" makes weights up. `parked_bytes` of host memory hold weights that left a GPU.
+    "dummy" makes weights up. `parked_bytes` of host memory hold weights that left a GPU. So many
+    `speculative_tokens` are guessed ahead, at most, where the kernels verify them at little cost.
     """
 
     name: str
@@ -85,6 +86,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_sequences: int = 256
     max_rows: int = 0
     prefix_cache: bool = True
+    speculative_tokens: int = 0
     heartbeat_s: float = 1.0
     log_level: str = "info"
 
@@ -271,7 +273,8 @@ class Status(
     """Heartbeat with progress: `steps` grows with every wave. Pages count (page x layer) pieces.
 
     `counters` are monotone sums by name (prefix_hit_tokens, prefix_query_tokens, shared_pages,
-    evicted_pages, prompt_tokens, output_tokens, dropped_messages, boundary_tokens ...);
+    evicted_pages, prompt_tokens, output_tokens, draft_tokens that were guessed, accepted_tokens of
+    these, dropped_messages ...);
     `seconds` are sums of time by name (ops, wait, prepare, sample, send, total); on a GPU `ops` is
     the time to queue the work, and `sample` has the wait for it. `device` is the
     device's own last reading by name (utilization 0 to 1, memory_used_bytes, memory_total_bytes,

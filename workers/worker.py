@@ -16,25 +16,26 @@ import psutil
 import torch
 
 from ext.ops import Ops
-from ext.select import select_parking, select_replays
+from ext.select import select_guessing, select_parking, select_replays
 from workers import wire
 from workers.batcher import Group, Wave, arrange, decide, follow
 from workers.chains import Chains, ServedChain
 from workers.gauge import Reading
+from workers.guesses import Guesses
 from workers.holdings import Holdings
 from workers.loading import LoadedChain
 from workers.memory import KvMemory
+from workers.outcome import Outcomes, Send
 from workers.pages import Arena
 from workers.prefix import PrefixCache
 from workers.provision import Provision
 from workers.requests import Request, Requests, laid_out
 from workers.residency import Eviction, LoadFailure, Residency
-from workers.runner import Logits, Runner
-from workers.sampler import Sampler, logprobs_of
+from workers.runner import Runner
+from workers.sampler import Sampler
 from workers.warmup import warm_up
 
 _log = logging.getLogger(__name__)
-Send = Callable[[wire.Report], None]
 
 _UNLOADED = "its variant is not loaded on this worker"
 
@@ -44,9 +45,7 @@ class Clock:
     """Where the loop's time goes, in seconds since start."""
 
     ops: float = 0.0
-    sample: float = 0.0
     decide: float = 0.0
-    absorb: float = 0.0
     idle: float = 0.0
     started: float = field(default_factory=time.perf_counter)
 
@@ -80,12 +79,12 @@ class Worker:
             self._chains, self._runner, self._residency, send, self._warm_up
         )
         self._sampler = Sampler(ops.argmax)
+        self._guesses = Guesses(config.speculative_tokens, select_guessing(ops))
+        self._outcomes = Outcomes(self._requests, self._sampler, self._guesses, send, self._end)
         self._opened: dict[wire.RequestId, wire.Open] = {}
         self._turns: dict[Group, int] = {}
         self._last_wave: tuple[Wave, int] = (arrange([]), 0)
-        self._counters = dict.fromkeys(
-            ("prompt_tokens", "output_tokens", "dropped_messages", "failed_requests"), 0
-        )
+        self._counters = dict.fromkeys(("prompt_tokens", "dropped_messages", "failed_requests"), 0)
         self.clock = Clock()
         self.steps = 0
         self.is_draining = False
@@ -205,6 +204,7 @@ class Worker:
     def _end(self, request: Request) -> None:
         self._requests.close(request)
         self._sampler.forget(request.id)
+        self._guesses.forget(request.id)
         self._provision.ended(request.chain)
 
     def _fail(self, chain: wire.ChainId, request: wire.RequestId, reason: str) -> None:
@@ -253,7 +253,7 @@ class Worker:
                 logits = self._runner.run(wave)
                 ran = time.perf_counter()
                 self.clock.ops += ran - decided
-                self._absorb(wave, logits)
+                self._outcomes.take(wave, logits)
         except (RuntimeError, MemoryError) as error:
             _log.exception("a wave of %d steps failed", len(wave.steps))
             # Raises where the device itself is lost: this worker ends, another takes its requests.
@@ -262,9 +262,13 @@ class Worker:
         return True
 
     def _next_wave(self, now: float) -> Wave | None:
-        """What runs next: the last wave once more, while the same requests decode."""
+        """What runs next: the last wave once more, while the same requests decode and nothing is
+        guessed."""
         last, cuts = self._last_wave
-        wave = follow(last, self._requests.running) if cuts == self._chains.cuts else None
+        guesses = self._guesses.make(self._requests.running.values())
+        wave = None
+        if not guesses and cuts == self._chains.cuts:
+            wave = follow(last, self._requests.running)
         if wave is None:
             steps = decide(
                 self._requests.running.values(),
@@ -272,61 +276,11 @@ class Worker:
                 page=self.config.page,
                 now=now,
                 last_turn=self._turns,
+                guesses=guesses,
             )
             wave = arrange(steps)
         self._last_wave = (wave, self._chains.cuts)
         return wave if wave.steps else None
-
-    def _absorb(self, wave: Wave, logits: list[Logits]) -> None:
-        """Choose tokens, advance requests, report."""
-        began = time.perf_counter()
-        for part in logits:
-            self._score(part)
-        for step in wave.steps:
-            self._requests.advance(step.request, step.span, step.count)
-        for part in logits:
-            chosen = [
-                i for i, s in enumerate(part.steps) if part.positions[i] + 1 == s.request.length
-            ]
-            if chosen:
-                everything = len(chosen) == len(part.steps)
-                data = part.data if everything else part.data[chosen]
-                self._emit(data, [part.steps[i].request for i in chosen])
-        self.clock.absorb += time.perf_counter() - began
-
-    def _emit(self, data: torch.Tensor, requests: list[Request]) -> None:
-        """Sample a token for each request and send them in one message."""
-        began = time.perf_counter()
-        tokens, logprobs = self._sampler.choose(data, requests)
-        self.clock.sample += time.perf_counter() - began
-        indices = tuple(r.outputs for r in requests)
-        finished: list[int] = []
-        for request, token in zip(requests, tokens, strict=True):
-            finished.append(_ending(request, token))
-            if finished[-1] == wire.CONTINUES:
-                self._requests.append(request, token)
-        self._counters["output_tokens"] += len(tokens)
-        ids = tuple(r.id for r in requests)
-        self._send(wire.Tokens(ids, tuple(tokens), indices, tuple(finished), logprobs))
-        for request, ending in zip(requests, finished, strict=True):
-            if ending != wire.CONTINUES:
-                self._end(request)
-
-    def _score(self, part: Logits) -> None:
-        """Report logprobs of prompt tokens where they are wanted: row i scores the token after
-        it."""
-        by_request: dict[wire.RequestId, list[int]] = {}
-        for i, step in enumerate(part.steps):
-            if step.request.sampling.prompt_logprobs >= 0 and step.request.is_prefilling:
-                by_request.setdefault(step.request.id, []).append(i)
-        for request_id, known in by_request.items():
-            request = part.steps[known[0]].request
-            rows = [i for i in known if part.positions[i] + 1 < request.length]
-            if rows:
-                nexts = [int(request.tokens[part.positions[i] + 1]) for i in rows]
-                scored = logprobs_of(part.data[rows], nexts, request.sampling.prompt_logprobs)
-                first = part.positions[rows[0]] + 1 - request.chain.virtual
-                self._send(wire.Scored(request_id, first, tuple(scored)))
 
     def _abandon(self, wave: Wave, reason: str) -> None:
         for step in wave.steps:
@@ -353,6 +307,7 @@ class Worker:
             chains=len(self._chains),
             counters={
                 **self._counters,
+                **self._outcomes.counters,
                 "prefix_query_tokens": requests.query_tokens,
                 "prefix_hit_tokens": requests.hit_tokens,
                 "shared_pages": requests.shared_pages,
@@ -364,9 +319,9 @@ class Worker:
             seconds={
                 "ops": self.clock.ops,
                 "plan": self._runner.prepare_s,
-                "sample": self.clock.sample,
+                "sample": self._outcomes.sample_s,
                 "decide": self.clock.decide,
-                "absorb": self.clock.absorb,
+                "absorb": self._outcomes.absorb_s,
                 "idle": self.clock.idle,
                 "total": time.perf_counter() - self.clock.started,
             },
@@ -380,11 +335,3 @@ class Worker:
             for block in chain.blocks:
                 users.setdefault(block.key, []).append(chain)
         return tuple(self._runner.report(key, chains) for key, chains in sorted(users.items()))
-
-
-def _ending(request: Request, token: int) -> int:
-    """Whether a request goes on after its next token."""
-    done = request.outputs + 1
-    if token in request.sampling.stop_token_ids and done > request.sampling.min_tokens:
-        return wire.STOPPED
-    return wire.LENGTH if done >= request.sampling.max_tokens else wire.CONTINUES
