@@ -16,6 +16,7 @@ FIRST_PLAIN_TOKEN = 100
 class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A load. `models` take turns; lengths are drawn evenly from [low, high].
 
+    Prompts are cut from `text`, or drawn at random where there is none.
     Without `trace`, `requests` requests go through `streams` streams, each of which sends its next
     one when the last has ended. With `trace` (a file, or "synthetic") they are sent when it says,
     for `seconds`; `rate` is the synthetic one's, `speed` that of a recorded one, and lengths are
@@ -37,6 +38,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     leave_share: float = 0.0
     leave_within_s: float = 0.2
     vocabulary: int
+    text: tuple[int, ...] = ()
     seed: int = 0
     trace: str = ""
     rate: float = 1.0
@@ -91,7 +93,7 @@ def asks(job: Job) -> list[Ask]:
     return [
         Ask(
             job.models[i % len(job.models)],
-            _prompt(draw, job.vocabulary, draw.randint(*job.prompt_tokens)),
+            _prompt(draw, job, draw.randint(*job.prompt_tokens)),
             draw.randint(*job.output_tokens),
             leave_after_s=_leaving(job, draw),
         )
@@ -109,7 +111,7 @@ def _traced(job: Job, draw: random.Random) -> list[Ask]:
     return [
         Ask(
             model,
-            _prompt(draw, job.vocabulary, min(arrival.prompt_tokens, job.prompt_tokens[1])),
+            _prompt(draw, job, min(arrival.prompt_tokens, job.prompt_tokens[1])),
             min(arrival.output_tokens, job.output_tokens[1]),
             at_s=arrival.at_s,
             leave_after_s=_leaving(job, draw),
@@ -118,8 +120,11 @@ def _traced(job: Job, draw: random.Random) -> list[Ask]:
     ]
 
 
-def _prompt(draw: random.Random, vocabulary: int, length: int) -> list[int]:
-    return [draw.randrange(FIRST_PLAIN_TOKEN, vocabulary) for _ in range(length)]
+def _prompt(draw: random.Random, job: Job, length: int) -> list[int]:
+    if job.text:
+        first = draw.randrange(len(job.text) - length)
+        return list(job.text[first : first + length])
+    return [draw.randrange(FIRST_PLAIN_TOKEN, job.vocabulary) for _ in range(length)]
 
 
 def _leaving(job: Job, draw: random.Random) -> float | None:

@@ -11,6 +11,8 @@ from bench.result import Result
 from bench.server import Server
 from bench.zoos import Zoos
 
+_NO_GUESSES = ("--num-speculative-tokens", "0")
+
 
 @dataclass(frozen=True, slots=True)
 class Trace:
@@ -63,8 +65,9 @@ class Stage:
     gpu: GpuChoice = GpuChoice()
 
     def server(self, zoo: Path, *flags: str) -> Server:
-        """A server over `zoo`, to be entered."""
-        return Server(zoo, self.zoos.log, *flags, *self.flags)
+        """A server over `zoo`, to be entered. Unless flags say so no tokens are guessed ahead: what
+        random prompts make a model say goes round in circles, which are easy to guess."""
+        return Server(zoo, self.zoos.log, *_NO_GUESSES, *flags, *self.flags)
 
     def load(self, server: Server, job: Job) -> Played:
         """Run a job against a server."""

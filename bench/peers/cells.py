@@ -14,8 +14,8 @@ _TRACE_RATE = 0.7
 
 class Cell(msgspec.Struct, frozen=True, kw_only=True):
     """A load, for the arrangements of `group`. `primed`: its prompt was sent before. `traced`: it
-    arrives as a trace says. `value` is what is compared, in `unit`; a higher one is better unless
-    it is a time."""
+    arrives as a trace says. `written`: its prompts are real text, not random tokens. `value` is
+    what is compared, in `unit`; a higher one is better unless it is a time."""
 
     name: str
     group: str
@@ -27,6 +27,7 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
     new: int = NEW
     primed: bool = False
     traced: bool = False
+    written: bool = False
 
     @property
     def is_time(self) -> bool:
@@ -40,9 +41,10 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Play(msgspec.Struct, frozen=True, kw_only=True):
-    """What a run settles for all its loads."""
+    """What a run settles for all its loads; `text` is what written prompts are cut from."""
 
     vocabulary: int
+    text: tuple[int, ...] = ()
     quick: bool = False
     trace: str = "synthetic"
     speed: float = 1.0
@@ -73,6 +75,9 @@ def _late(outcome: Outcome) -> float:
 
 CELLS: Mapping[str, Cell] = {
     "one": Cell(name="one stream", group="base", unit="tokens/s", value=_decoding),
+    "text": Cell(
+        name="one stream of text", group="base", unit="tokens/s", value=_decoding, written=True
+    ),
     "8": Cell(name="8 streams", group="base", unit="tokens/s", value=_rate, streams=8),
     "32": Cell(name="32 streams", group="base", unit="tokens/s", value=_rate, streams=32),
     "prefill": Cell(
@@ -140,5 +145,6 @@ def job_of(cell: Cell, play: Play, seed: int) -> Job:
         prompt_tokens=(cell.prompt, cell.prompt),
         output_tokens=(new, new),
         vocabulary=play.vocabulary,
+        text=play.text if cell.written else (),
         seed=seed,
     )

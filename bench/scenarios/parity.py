@@ -17,11 +17,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import uvloop
 from torch import Tensor, nn, tensor
 
+from bench.prose import prose
 from bench.reference import References
 from bench.result import Result
 from bench.stage import Stage
@@ -146,7 +146,7 @@ def _cell(variant: Variant, model: nn.Module, said: _Said, ran: _Ran) -> Result:
 
 def prompts_for(name: str, count: int) -> Iterator[str]:
     """Prompts for a variant: pieces of Python's own documentation, the same each time."""
-    text = "\n".join(topics[key] for key in sorted(topics))
+    text = prose()
     chance = random.Random(name)
     for _ in range(count):
         start = chance.randrange(len(text) - 400)

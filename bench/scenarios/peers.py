@@ -25,13 +25,18 @@ from bench.peers.peer import Arrangement, Peer, PeerMissing
 from bench.peers.rounds import Rounds, Row
 from bench.peers.site import Site
 from bench.peers.vllm_cpu import VllmCpu
+from bench.prose import prose
 from bench.result import Result
 from bench.roofline import Limits, Shape
 from bench.stage import Stage
 from bench.weigh import weigh
 from bench.zoos import BASE, FULLS, LAST, LORAS, variants
+from zoo.equivalence.corpus import tokenizer_of
 from zoo.home import zoo_path
+from zoo.store import Store
 
+# Characters of text that prompts are cut from.
+_PROSE = 100_000
 PEERS = {"llama.cpp": LlamaCpp, "vllm": VllmCpu, "transformers": Libraries}
 
 
@@ -46,8 +51,10 @@ def run(stage: Stage) -> Iterator[Result]:
             stage.say(f"peers: without {peer.name}: {error}")
             version = f"missing: {error}"
         yield Result(scenario="peers: engines", cell=peer.name, figures={"version": version})
+    base = variants(stage.zoos.plain)[0]
     play = Play(
-        vocabulary=variants(stage.zoos.plain)[0].vocabulary,
+        vocabulary=base.vocabulary,
+        text=tuple(tokenizer_of(Store(stage.zoos.plain), base).encode(prose()[:_PROSE])),
         quick=stage.quick,
         trace=stage.trace.source,
         speed=stage.trace.speed,

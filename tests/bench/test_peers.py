@@ -75,6 +75,15 @@ def test_everyone_is_asked_the_same_and_variants_take_turns():
     assert job_of(CELLS["prefill"], PLAY, seed=0).prompt_tokens == (1024, 1024)
 
 
+def test_written_prompts_are_cut_from_the_text():
+    text = tuple(range(1000))
+    play = msgspec.structs.replace(PLAY, text=text)
+    (ask,) = asks(job_of(CELLS["text"], play, seed=3))
+    assert ask.prompt == list(range(ask.prompt[0], ask.prompt[0] + 128))
+    (random,) = asks(job_of(CELLS["one"], play, seed=3))
+    assert random.prompt != sorted(random.prompt)
+
+
 def test_turns_alternate_and_what_does_not_start_is_left_out():
     log: list[str] = []
     said: list[str] = []
