@@ -47,57 +47,70 @@ def made_for(guesses: Guesses, request: Request) -> list[int]:
 
 
 def test_what_followed_the_last_tokens_before_is_guessed() -> None:
-    assert made_for(Guesses(7, 8), asking(SAID)) == [4, 5]
+    assert made_for(Guesses(4, 8), asking(SAID)) == [4, 5, 6, 1]
 
 
-def test_the_latest_of_several_places_counts() -> None:
-    assert made_for(Guesses(7, 8), asking([1, 2, 3, 4, 0, 1, 2, 3, 7, 7, 1, 2, 3])) == [7, 7]
+def test_the_latest_of_several_places_counts_and_a_longer_match_more() -> None:
+    assert made_for(Guesses(2, 8), asking([1, 2, 3, 4, 0, 1, 2, 3, 7, 7, 1, 2, 3])) == [7, 7]
+    assert made_for(Guesses(2, 8), asking([1, 2, 3, 4, 0, 9, 2, 3, 7, 7, 1, 2, 3])) == [4, 0]
 
 
 def test_a_circle_is_guessed_around() -> None:
-    request = asking([5, 1, 2, 1, 2, 1, 2])
-    guesses = Guesses(7, 8)
-    for right in (2, 4):
-        assert guesses.make([request]) == {1: right}
-        guesses.learn(request, right, right)
-    assert made_for(guesses, request) == [1, 2, 1, 2, 1, 2, 1]
+    assert made_for(Guesses(7, 8), asking([5, 1, 2, 1, 2])) == [1, 2, 1, 2, 1, 2, 1]
 
 
-@pytest.mark.parametrize("known", [[], [1], [1, 2], [1, 2, 3], [1, 2, 3, 4], [3, 2, 1, 1, 2, 3]])
+@pytest.mark.parametrize("known", [[], [1], [1, 2], [1, 2, 3], [1, 2, 3, 4], [3, 1, 2, 4, 3, 2, 1]])
 def test_nothing_is_guessed_of_what_was_never_said(known: list[int]) -> None:
     assert not Guesses(7, 8).make([asking(known)])
 
 
 def test_what_is_said_meanwhile_is_known() -> None:
     request = asking(SAID[:8])
-    guesses = Guesses(7, 8)
+    guesses = Guesses(2, 8)
     assert not guesses.make([request])
-    say(request, 1, 2)
+    say(request, 1)
     assert not guesses.make([request])
-    say(request, 3)
-    assert made_for(guesses, request) == [4, 5]
+    say(request, 2)
+    assert made_for(guesses, request) == [3, 4]
+    say(request, 7, 1, 2)
+    assert made_for(guesses, request) == [7, 1]
 
 
-def test_misses_make_a_pause_that_grows_and_hits_end_it() -> None:
+def test_guesses_that_do_not_pay_make_a_pause() -> None:
     request, guesses = asking(SAID), Guesses(7, 8)
-    pauses = []
-    for _ in range(8):
-        silent = 0
-        while not (made := guesses.make([request])):
-            silent += 1
-        pauses.append(silent)
-        guesses.learn(request, made[1], 0)
-    assert pauses == [0, 2, 4, 8, 16, 32, 64, 64]
-    while not (made := guesses.make([request])):
-        pass
-    assert made == {1: 1}
-    guesses.learn(request, 1, 1)
-    assert guesses.make([request]) == {1: 2}
+
+    def misses_until_pause() -> int:
+        count = 0
+        while guesses.make([request]):
+            guesses.learn(request, 0)
+            count += 1
+        return count
+
+    first = misses_until_pause()
+    silent = 1
+    while not guesses.make([request]):
+        silent += 1
+    assert 3 < first < 16
+    assert silent == 32
+    assert misses_until_pause() == 1
+    for _ in range(31):
+        assert not guesses.make([request])
+    assert guesses.make([request])
+    guesses.learn(request, 7)
+    assert misses_until_pause() > 3
+
+
+def test_guesses_that_pay_now_and_then_go_on() -> None:
+    request, guesses = asking(SAID), Guesses(7, 8)
+    for number in range(200):
+        assert guesses.make([request])
+        guesses.learn(request, 1 if number % 2 else 0)
 
 
 def test_no_more_is_guessed_than_rows_and_the_answer_have_room_for() -> None:
     guesses = Guesses(7, 8)
     crowd = [asking(SAID, number) for number in range(4)]
+    assert guesses.make(crowd[:2]) == dict.fromkeys(range(2), 3)
     assert guesses.make(crowd) == dict.fromkeys(range(4), 1)
     assert not guesses.make([*crowd, asking(SAID, 9)])
     assert made_for(Guesses(7, 8), asking(SAID, room=2)) == [4]
@@ -128,7 +141,10 @@ def test_virtual_positions_are_never_guessed() -> None:
     with_prefix.units, with_prefix.virtual = (), 3
     request = asking([-1, -2, -3, 1, 2, 3, 4, 1, 2, 3])
     request.chain = with_prefix
-    assert made_for(Guesses(7, 8), request) == [4, 1]
+    assert made_for(Guesses(3, 8), request) == [4, 1, 2]
+    request = asking([-1, -2, -3, 1, 2])
+    request.chain = with_prefix
+    assert made_for(Guesses(3, 8), request) == []
 
 
 def test_a_step_has_rows_for_its_guesses_and_wants_the_logits_of_all() -> None:
