@@ -64,7 +64,7 @@ class Wave:
     """One advance of many requests: steps in row order, rows [starts[i], starts[i + 1]) each, and
     the stages that carry them through their chains. `wanted` are the rows of each step, counted
     from its first, whose logits somebody wants; it `decodes` where every step is a token behind a
-    whole prompt."""
+    whole prompt, with guesses behind it or none."""
 
     steps: tuple[Step, ...]
     starts: np.ndarray
@@ -164,7 +164,8 @@ def arrange(steps: Sequence[Step], cuts: Sequence[int] = (), *, whole: bool = Fa
         tails = {(b.key, s.request.chain.tail) for s in unwanted for b in s.request.chain.blocks}
     paths = [_pieces(ordered[first], bounds, tails) for first, _ in runs]
     decodes = all(
-        s.count == 1 and not s.span.depth and not s.request.is_prefilling for s in ordered
+        s.count == 1 + s.guesses and not s.span.depth and not s.request.is_prefilling
+        for s in ordered
     )
     wave = Wave(tuple(ordered), starts, wanted, decodes, ())
     stages = (
@@ -177,7 +178,7 @@ def arrange(steps: Sequence[Step], cuts: Sequence[int] = (), *, whole: bool = Fa
 def follow(wave: Wave, running: Mapping[RequestId, Request]) -> Wave | None:
     """The wave behind one that decodes, where the same requests and no others go on: arranged as it
     was. None: there is something to decide. Chains must be cut as they were."""
-    if not wave.decodes or len(running) != len(wave.steps):
+    if not wave.decodes or not len(running) == len(wave.steps) == wave.num_rows:
         return None
     requests = [step.request for step in wave.steps]
     if any(running.get(request.id) is not request for request in requests):

@@ -1,16 +1,17 @@
 """What requests may say next, guessed from what they were told and have said: look-up of n-grams.
 
-A step of few rows waits for memory, and more rows in it cost little. So behind the newest token of
-a request its likely next ones are computed too; where they turn out right, one wave has made
+A step of few rows waits for memory, and more rows in it may cost little. So behind the newest token
+of a request its likely next ones are computed too; where they turn out right, one wave has made
 several tokens. A row's bits do not depend on what shares its wave, and a guess is only taken where
 the row before it chose just that token: answers are those without guesses. (Speculative decoding
 after Leviathan et al. 2023, arXiv 2211.17192, with prompt look-up for a draft; draws depend on seed
 and number alone, so sampled tokens are the same ones, too, not only as likely.)
 
-A request whose guesses do not pay is left alone for a while.
+How many tokens are guessed is decided by what pays: by how often the guesses of a request were
+right, and by how long waves of so many rows took.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,11 +22,14 @@ from workers.wire import RequestId
 
 # Lengths of the n-grams that are looked up, the surest first.
 _GRAMS = (4, 3, 2)
-# What a step with guesses takes longer, in steps; measured on CPUs with 2 to 8 rows.
-_COST = 0.25
-# What guesses have gained lately, in steps for each: the last one counts for so much. It starts
-# at `_TRUST`; below nothing there is a pause of so many steps.
-_RECENT, _TRUST, _PAUSE = 1 / 8, 0.5, 32
+# Guesses that a wave may have of each request.
+_REACHES = (1, 3, 7, 15)
+# How likely a guess is right, at first; what the last one counts for; and what a step counts for
+# that had none because they did not pay: the next might be as likely as the first.
+_LIKELY, _RECENT, _UNTRIED = 0.5, 1 / 8, 1 / 512
+# What the last wave counts for among those of as many rows; after so many waves without one they
+# are tried anew.
+_SLOWER, _FASTER, _OLD = 1 / 8, 1 / 2, 1024
 
 Gram = tuple[int, ...]
 
@@ -33,14 +37,56 @@ Gram = tuple[int, ...]
 @dataclass(eq=False, slots=True)
 class _Memory:
     """Of one request: whether it may be guessed for, where each n-gram last went on, of those that
-    end before `upto`, what guesses have gained, and for how many steps there are none."""
+    end before `upto`, and how likely a guess is right."""
 
     allowed: bool
     first: int
     upto: int
     follows: dict[Gram, int] = field(default_factory=dict)
-    gain: float = _TRUST
-    pause: int = 0
+    likely: float = _LIKELY
+
+    def right(self, count: int) -> float:
+        """How many of so many guesses are right, if one that follows a wrong one is wrong."""
+        return sum(self.likely**i for i in range(1, count + 1))
+
+
+@dataclass(eq=False, slots=True)
+class _Cost:
+    """What a kind of wave takes: seconds, of how many of them, when it last ran."""
+
+    seconds: float
+    seen: int
+    at: int
+
+
+class Costs:
+    """What waves take by their requests and rows. The first of a kind does not count: it may have
+    been the one that was captured."""
+
+    def __init__(self) -> None:
+        self._costs: dict[tuple[int, int], _Cost] = {}
+        self._waves = 0
+
+    def learn(self, requests: int, rows: int, seconds: float) -> None:
+        """Take in a wave."""
+        self._waves += 1
+        cost = self._costs.setdefault((requests, rows), _Cost(seconds, 0, 0))
+        cost.seen, cost.at = cost.seen + 1, self._waves
+        if cost.seen <= 2:
+            cost.seconds = min(cost.seconds, seconds)
+        else:
+            weight = _SLOWER if seconds > cost.seconds else _FASTER
+            cost.seconds += weight * (seconds - cost.seconds)
+
+    def of(self, requests: int, rows: int) -> float:
+        """Seconds of such a wave; where it is not known, those of the largest smaller one."""
+        for fewer in range(rows, requests - 1, -1):
+            cost = self._costs.get((requests, fewer))
+            if cost is None or cost.seen < 2:
+                continue
+            if fewer == requests or self._waves - cost.at < _OLD:
+                return cost.seconds
+        return 1.0
 
 
 class Guesses:
@@ -51,6 +97,7 @@ class Guesses:
         self._most = most
         self._rows = rows
         self._memories: dict[RequestId, _Memory] = {}
+        self._costs = Costs()
 
     def forget(self, request: RequestId) -> None:
         """Drop what is remembered of a request."""
@@ -59,39 +106,63 @@ class Guesses:
     def make(self, running: Collection[Request]) -> dict[RequestId, int]:
         """Lay guesses behind the known tokens of these requests; how many of each. None while a
         prompt is computed: then rows are dear."""
-        if not running or self._most == 0 or 2 * len(running) > self._rows:
+        if not running or self._most == 0 or len(running) >= self._rows:
             return {}
         if any(request.is_prefilling for request in running):
             return {}
-        most = min(self._most, self._rows // len(running) - 1)
-        made = {request.id: self._guess(request, most) for request in running}
-        return {number: count for number, count in made.items() if count > 0}
+        found = [
+            (request, memory, at)
+            for request in running
+            if (memory := self._memory(request)).allowed
+            and (at := _last_time(request, memory)) is not None
+        ]
+        counts = self._choose([(r, memory) for r, memory, _ in found], len(running))
+        for (request, memory, at), count in zip(found, counts, strict=True):
+            if count == 0:
+                memory.likely += _UNTRIED * (_LIKELY - memory.likely)
+            else:
+                request.guess(np.resize(request.tokens[at : request.length], count))
+        return {r.id: count for (r, _, _), count in zip(found, counts, strict=True) if count > 0}
 
-    def learn(self, request: Request, right: int) -> None:
+    def learn(self, request: Request, guessed: int, right: int) -> None:
         """Take in how many of a request's guesses were right."""
         memory = self._memories[request.id]
-        memory.gain += _RECENT * (right - _COST - memory.gain)
-        if memory.gain < 0:
-            memory.gain, memory.pause = 0.0, _PAUSE
+        for _ in range(right):
+            memory.likely += _RECENT * (1 - memory.likely)
+        if right < guessed:
+            memory.likely -= _RECENT * memory.likely
 
-    def _guess(self, request: Request, most: int) -> int:
+    def took(self, requests: int, rows: int, seconds: float) -> None:
+        """Take in how long a wave of decoding requests took."""
+        if rows <= self._rows:
+            self._costs.learn(requests, rows, seconds)
+
+    def _memory(self, request: Request) -> _Memory:
         memory = self._memories.get(request.id)
         if memory is None:
             first = request.chain.virtual
             memory = _Memory(_is_predictable(request), first, first + min(_GRAMS))
             self._memories[request.id] = memory
-        if not memory.allowed:
-            return 0
-        if memory.pause > 0:
-            memory.pause -= 1
-            return 0
-        # The last token needs no row of its own.
-        count = min(most, request.sampling.max_tokens - request.outputs - 1)
-        at = _last_time(request, memory) if count > 0 else None
-        if at is None:
-            return 0
-        request.guess(np.resize(request.tokens[at : request.length], count))
-        return count
+        return memory
+
+    def _choose(self, found: Sequence[tuple[Request, _Memory]], requests: int) -> list[int]:
+        """How many tokens to guess of each, so that most tokens come in a second."""
+        best = [0] * len(found)
+        highest = requests / self._costs.of(requests, requests)
+        for reach in _REACHES if found else ():
+            # The last token needs no row of its own.
+            counts = [
+                max(0, min(reach, self._most, r.sampling.max_tokens - r.outputs - 1))
+                for r, _ in found
+            ]
+            rows = requests + sum(counts)
+            if rows > self._rows or counts == best:
+                break
+            right = sum(m.right(count) for (_, m), count in zip(found, counts, strict=True))
+            rate = (requests + right) / self._costs.of(requests, rows)
+            if rate > highest:
+                best, highest = counts, rate
+        return best
 
 
 def _is_predictable(request: Request) -> bool:

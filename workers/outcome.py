@@ -126,7 +126,7 @@ class Outcomes:
     def _check(self, step: Step, rows: int) -> None:
         """Of a step with guesses so many rows count."""
         self._requests.advance(step.request, step.span, rows)
-        self._guesses.learn(step.request, rows - 1)
+        self._guesses.learn(step.request, step.guesses, rows - 1)
         self.counters["draft_tokens"] += step.guesses
         self.counters["accepted_tokens"] += rows - 1
 

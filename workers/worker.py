@@ -254,6 +254,8 @@ class Worker:
                 ran = time.perf_counter()
                 self.clock.ops += ran - decided
                 self._outcomes.take(wave, logits)
+            if wave.decodes:
+                self._guesses.took(len(wave.steps), wave.num_rows, time.perf_counter() - began)
         except (RuntimeError, MemoryError) as error:
             _log.exception("a wave of %d steps failed", len(wave.steps))
             # Raises where the device itself is lost: this worker ends, another takes its requests.

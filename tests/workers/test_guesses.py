@@ -13,7 +13,7 @@ from tests.workers.local import Answer, LocalWorker
 from tests.workers.rounded import tokens
 from tests.workers.test_batcher import chain
 from workers.batcher import arrange, decide, follow
-from workers.guesses import Guesses
+from workers.guesses import Costs, Guesses
 from workers.requests import Request, Span
 from workers.wire import Sampling
 
@@ -76,41 +76,74 @@ def test_what_is_said_meanwhile_is_known() -> None:
     assert made_for(guesses, request) == [7, 1]
 
 
-def test_guesses_that_do_not_pay_make_a_pause() -> None:
-    request, guesses = asking(SAID), Guesses(7, 8)
-
-    def misses_until_pause() -> int:
-        count = 0
-        while guesses.make([request]):
-            guesses.learn(request, 0)
-            count += 1
-        return count
-
-    first = misses_until_pause()
-    silent = 1
-    while not guesses.make([request]):
-        silent += 1
-    assert 3 < first < 16
-    assert silent == 32
-    assert misses_until_pause() == 1
-    for _ in range(31):
-        assert not guesses.make([request])
-    assert guesses.make([request])
-    guesses.learn(request, 7)
-    assert misses_until_pause() > 3
+def with_costs(seconds: dict[tuple[int, int], float], rows: int = 8) -> Guesses:
+    guesses = Guesses(7, rows)
+    for (requests, count), taken in seconds.items():
+        for _ in range(3):
+            guesses.took(requests, count, taken)
+    return guesses
 
 
-def test_guesses_that_pay_now_and_then_go_on() -> None:
-    request, guesses = asking(SAID), Guesses(7, 8)
-    for number in range(200):
-        assert guesses.make([request])
-        guesses.learn(request, 1 if number % 2 else 0)
+def test_so_much_is_guessed_as_pays() -> None:
+    steep = {(1, 1): 1.0, (1, 2): 1.1, (1, 4): 2.5, (1, 8): 4.0}
+    assert len(made_for(with_costs(steep), asking(SAID))) == 1
+    flat = {(1, 1): 1.0, (1, 2): 1.1, (1, 4): 1.2, (1, 8): 1.25}
+    assert len(made_for(with_costs(flat), asking(SAID))) == 7
+    # Of what has never been tried no more is known than that it takes no less.
+    assert len(made_for(with_costs({(1, 1): 1.0, (1, 2): 1.1}), asking(SAID))) == 7
+    assert len(made_for(with_costs({(1, 1): 1.0, (1, 2): 1.6}), asking(SAID))) == 7
+    dear = {(1, 1): 1.0, (1, 2): 1.6, (1, 4): 3.0, (1, 8): 4.0}
+    assert made_for(with_costs(dear), asking(SAID)) == []
+
+
+def test_some_of_several_are_guessed_for() -> None:
+    guesses = with_costs({(3, 3): 1.0, (3, 4): 1.1, (3, 6): 1.2, (3, 7): 2.0})
+    known, new = [asking(SAID, number) for number in (1, 2)], asking([1, 2, 3], 3)
+    assert guesses.make([*known, new]) == {1: 1, 2: 1}
+    assert guesses.make([known[0], new, asking([4, 5], 4)]) == {1: 3}
+
+
+def test_wrong_guesses_become_fewer_and_are_tried_again() -> None:
+    guesses = with_costs({(1, 1): 1.0, (1, 2): 1.1, (1, 4): 1.2, (1, 8): 1.25})
+    request, counts = asking(SAID), []
+    for _ in range(400):
+        counts.append(guesses.make([request]).get(1, 0))
+        if counts[-1]:
+            guesses.learn(request, counts[-1], 0)
+    tried = [count for count in counts if count]
+    assert tried[0] == 7
+    assert tried == sorted(tried, reverse=True)
+    assert counts[50:].count(0) > 300
+    assert 1 in counts[100:]
+    for _ in range(12):
+        guesses.learn(request, 1, 1)
+    assert guesses.make([request]) == {1: 7}
+
+
+def test_a_wave_that_took_long_once_is_not_held_against_its_kind() -> None:
+    costs = Costs()
+    costs.learn(1, 1, 1.0)
+    assert costs.of(1, 1) == costs.of(1, 8)
+    costs.learn(1, 1, 1.0)
+    costs.learn(1, 4, 9.0)
+    assert costs.of(1, 4) == 1.0
+    costs.learn(1, 4, 2.0)
+    assert (costs.of(1, 1), costs.of(1, 2), costs.of(1, 4), costs.of(1, 8)) == (1, 1, 2, 2)
+    costs.learn(1, 4, 10.0)
+    assert costs.of(1, 4) == 3.0
+    for _ in range(9):
+        costs.learn(1, 4, 2.0)
+    assert costs.of(1, 4) == pytest.approx(2.0, rel=0.01)
+    for _ in range(1024):
+        costs.learn(1, 1, 1.0)
+    assert costs.of(1, 4) == 1.0
 
 
 def test_no_more_is_guessed_than_rows_and_the_answer_have_room_for() -> None:
     guesses = Guesses(7, 8)
     crowd = [asking(SAID, number) for number in range(4)]
     assert guesses.make(crowd[:2]) == dict.fromkeys(range(2), 3)
+    assert not guesses.make([*crowd, *(asking([4], number) for number in range(5, 9))])
     assert guesses.make(crowd) == dict.fromkeys(range(4), 1)
     assert not guesses.make([*crowd, asking(SAID, 9)])
     assert made_for(Guesses(7, 8), asking(SAID, room=2)) == [4]
@@ -162,6 +195,13 @@ def test_a_step_has_rows_for_its_guesses_and_wants_the_logits_of_all() -> None:
 
 # ---- real workers -------------------------------------------------------------------------------
 
+
+@pytest.fixture
+def everything_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How long waves took does not decide."""
+    monkeypatch.setattr(Costs, "of", lambda *_: 1.0)
+
+
 needs_kernels = pytest.mark.skipif(not supported(), reason="needs AVX2, FMA and F16C")
 
 
@@ -199,6 +239,7 @@ def same_answers(both: list[LocalWorker], asks: list[tuple[str, list[int], dict]
 
 
 @needs_kernels
+@pytest.mark.usefixtures("everything_pays")
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
 def test_answers_are_those_without_guesses_in_fewer_steps(family: Family, dtype: str) -> None:
     both = workers(family, dtype=dtype)
@@ -216,6 +257,7 @@ def test_answers_are_those_without_guesses_in_fewer_steps(family: Family, dtype:
 
 
 @needs_kernels
+@pytest.mark.usefixtures("everything_pays")
 def test_sampled_answers_are_the_same_ones(family: Family) -> None:
     both = workers(family)
     saved = 0
@@ -226,6 +268,7 @@ def test_sampled_answers_are_the_same_ones(family: Family) -> None:
 
 
 @needs_kernels
+@pytest.mark.usefixtures("everything_pays")
 def test_an_answer_ends_at_a_stop_token_among_guesses(family: Family) -> None:
     both = workers(family)
     given = tokens(4, 1) * 6
@@ -238,6 +281,7 @@ def test_an_answer_ends_at_a_stop_token_among_guesses(family: Family) -> None:
 
 
 @needs_kernels
+@pytest.mark.usefixtures("everything_pays")
 def test_pages_of_guessed_tokens_serve_later_prompts(family: Family) -> None:
     both = workers(family)
     given = tokens(4, 1) * 6
@@ -253,6 +297,7 @@ def test_pages_of_guessed_tokens_serve_later_prompts(family: Family) -> None:
 
 
 @needs_kernels
+@pytest.mark.usefixtures("everything_pays")
 def test_requests_come_and_go_among_guesses(family: Family) -> None:
     both = workers(family, max_rows=64)
     answers: list[list[Answer]] = []
