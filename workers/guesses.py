@@ -22,6 +22,8 @@ from workers.wire import RequestId
 
 # Lengths of the n-grams that are looked up, the surest first.
 _GRAMS = (4, 3, 2)
+# How far back n-grams are looked for where a request comes with more.
+_LOOKBACK = 4096
 # Guesses that a wave may have of each request.
 _REACHES = (1, 3, 7, 15)
 # How likely a guess is right, at first; what the last one counts for; and what a step counts for
@@ -140,7 +142,7 @@ class Guesses:
     def _memory(self, request: Request) -> _Memory:
         memory = self._memories.get(request.id)
         if memory is None:
-            first = request.chain.virtual
+            first = max(request.chain.virtual, request.length - _LOOKBACK)
             memory = _Memory(_is_predictable(request), first, first + min(_GRAMS))
             self._memories[request.id] = memory
         return memory

@@ -5,7 +5,6 @@ was computed behind.
 """
 
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -116,11 +115,8 @@ class Outcomes:
                 passed = request
             if ending == wire.CONTINUES:
                 self._requests.append(request, token)
-        guessed = {id(step): step for step in steps if step.guesses}
-        if guessed:
-            taken = Counter(id(request) for request in chosen.requests)
-            for step in guessed.values():
-                self._check(step, taken[id(step.request)])
+        for step in dict.fromkeys(step for step in steps if step.guesses):
+            self._check(step, chosen.requests.count(step.request))
         return chosen
 
     def _check(self, step: Step, rows: int) -> None:
