@@ -106,12 +106,13 @@ class Metrics:
         self._replayed.inc()
 
     def token(self, delivery: Delivery, now: float) -> None:
-        """A token is on its way to the client."""
+        """A token is on its way to the client. Of several that a wave made at once, only the first
+        has come a time after another one."""
         series = self._of(delivery)
         if delivery.first_s is None:
             delivery.first_s = now
             series.first_token.observe(now - delivery.arrived_s)
-        else:
+        elif now > delivery.last_s:
             series.inter_token.observe(now - delivery.last_s)
         delivery.last_s = now
         series.generation_tokens.inc()

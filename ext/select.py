@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 # Whose kernels attend on CUDA; "auto": FlashInfer's where it is installed and has the shape.
 AttentionBackend = Literal["auto", "flashinfer", "triton"]
-# From so many rows on, products of a CPU take longer than reading what they multiply.
+# Up to so many rows products of a CPU may take little longer than reading what they multiply.
 _FEW_ROWS = 8
 # Versions of FlashInfer whose interface `ext.cuda.flash` was written to.
 FLASHINFER, FLASHINFER_AFTER = (0, 6, 14), (0, 7)

@@ -89,16 +89,10 @@ def decide(
     """Steps of the next wave. Chains of different widths cannot share one: the group whose last
     turn (`last_turn`, a growing number) is longest ago goes first. `guesses` says how many tokens
     were guessed of whom."""
-    groups: dict[Group, list[Request]] = {}
-    for request in running:
-        groups.setdefault(request.chain.group, []).append(request)
-    if not groups:
-        return []
-    chosen = min(groups, key=lambda g: last_turn.get(g, -1))
     budget = _Budget(max_rows)
     steps: list[Step] = []
     prompts: list[Request] = []
-    for request in groups[chosen]:
+    for request in next_group(running, last_turn):
         if request.is_prefilling:
             prompts.append(request)
             continue
@@ -116,6 +110,14 @@ def decide(
         if count > 0 and budget.take(request.chain, span.depth, count):
             steps.append(Step(request, span, count))
     return steps
+
+
+def next_group(running: Iterable[Request], last_turn: Mapping[Group, int]) -> list[Request]:
+    """The requests whose turn it is; see `decide`."""
+    groups: dict[Group, list[Request]] = {}
+    for request in running:
+        groups.setdefault(request.chain.group, []).append(request)
+    return groups[min(groups, key=lambda g: last_turn.get(g, -1))] if groups else []
 
 
 def _urgency(request: Request, now: float) -> tuple[float, int, float]:

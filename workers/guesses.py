@@ -11,7 +11,7 @@ How many tokens are guessed is decided by what pays: by how often the guesses of
 right, and by how long waves of so many rows took.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,14 +24,13 @@ from workers.wire import RequestId
 _GRAMS = (4, 3, 2)
 # How far back n-grams are looked for where a request comes with more.
 _LOOKBACK = 4096
-# Guesses that a wave may have of each request.
-_REACHES = (1, 3, 7, 15)
 # How likely a guess is right, at first; what the last one counts for; and what a step counts for
 # that had none because they did not pay: the next might be as likely as the first.
 _LIKELY, _RECENT, _UNTRIED = 0.5, 1 / 8, 1 / 512
-# What the last wave counts for among those of as many rows; after so many waves without one they
-# are tried anew.
-_SLOWER, _FASTER, _OLD = 1 / 8, 1 / 2, 1024
+# What the last wave counts for among those of as many rows. What is older than so many waves is
+# measured anew: without guesses, to compare with, and with them.
+_SLOWER, _FASTER = 1 / 8, 1 / 2
+_OLD_BARE, _OLD = 128, 512
 
 Gram = tuple[int, ...]
 
@@ -39,7 +38,7 @@ Gram = tuple[int, ...]
 @dataclass(eq=False, slots=True)
 class _Memory:
     """Of one request: whether it may be guessed for, where each n-gram last went on, of those that
-    end before `upto`, and how likely a guess is right."""
+    end before `upto`, and how likely a guess is right if those before it were."""
 
     allowed: bool
     first: int
@@ -47,48 +46,60 @@ class _Memory:
     follows: dict[Gram, int] = field(default_factory=dict)
     likely: float = _LIKELY
 
-    def right(self, count: int) -> float:
-        """How many of so many guesses are right, if one that follows a wrong one is wrong."""
-        return sum(self.likely**i for i in range(1, count + 1))
-
 
 @dataclass(eq=False, slots=True)
 class _Cost:
-    """What a kind of wave takes: seconds, of how many of them, when it last ran."""
+    """What a kind of wave takes, how many of them were seen, and when the last one."""
 
-    seconds: float
-    seen: int
-    at: int
+    taken: float
+    seen: int = 0
+    at: int = 0
 
 
 class Costs:
-    """What waves take by their requests and rows. The first of a kind does not count: it may have
-    been the one that was captured."""
+    """What waves of the same chains take by their requests and rows: the longer they take, the more
+    tokens they have to bring. The first of a kind does not count: it may be the one that was
+    captured."""
 
     def __init__(self) -> None:
         self._costs: dict[tuple[int, int], _Cost] = {}
         self._waves = 0
 
     def learn(self, requests: int, rows: int, seconds: float) -> None:
-        """Take in a wave."""
+        """Take in a wave. Those with guesses are remembered by how many times as long they took as
+        those without, which grow with the contexts."""
         self._waves += 1
-        cost = self._costs.setdefault((requests, rows), _Cost(seconds, 0, 0))
-        cost.seen, cost.at = cost.seen + 1, self._waves
-        if cost.seen <= 2:
-            cost.seconds = min(cost.seconds, seconds)
+        bare = self._known(requests, requests)
+        if rows > requests and bare is None:
+            return
+        taken = seconds if rows == requests or bare is None else seconds / bare.taken
+        cost = self._costs.setdefault((requests, rows), _Cost(taken))
+        if self._is_old(cost, _OLD_BARE if rows == requests else _OLD):
+            cost.taken = taken
+        elif cost.seen < 2:
+            cost.taken = min(cost.taken, taken)
         else:
-            weight = _SLOWER if seconds > cost.seconds else _FASTER
-            cost.seconds += weight * (seconds - cost.seconds)
+            cost.taken += (_SLOWER if taken > cost.taken else _FASTER) * (taken - cost.taken)
+        cost.seen, cost.at = cost.seen + 1, self._waves
 
-    def of(self, requests: int, rows: int) -> float:
-        """Seconds of such a wave; where it is not known, those of the largest smaller one."""
-        for fewer in range(rows, requests - 1, -1):
-            cost = self._costs.get((requests, fewer))
-            if cost is None or cost.seen < 2:
-                continue
-            if fewer == requests or self._waves - cost.at < _OLD:
-                return cost.seconds
+    def of(self, requests: int, rows: int) -> float | None:
+        """How many times as long as without guesses such a wave takes; where it is not known, what
+        the largest smaller one takes. None: waves without guesses are to be seen first."""
+        bare = self._known(requests, requests)
+        if bare is None or self._is_old(bare, _OLD_BARE):
+            return None
+        for fewer in range(rows, requests, -1):
+            cost = self._known(requests, fewer)
+            if cost is not None and not self._is_old(cost, _OLD):
+                return cost.taken
         return 1.0
+
+    def _known(self, requests: int, rows: int) -> _Cost | None:
+        cost = self._costs.get((requests, rows))
+        return cost if cost is not None and cost.seen > 1 else None
+
+    def _is_old(self, cost: _Cost, old: int) -> bool:
+        return cost.seen > 1 and self._waves - cost.at >= old
 
 
 class Guesses:
@@ -99,26 +110,34 @@ class Guesses:
         self._most = most
         self._rows = rows
         self._memories: dict[RequestId, _Memory] = {}
-        self._costs = Costs()
+        self._costs: dict[Hashable, Costs] = {}
+
+    def __len__(self) -> int:
+        """How many requests are remembered."""
+        return len(self._memories)
 
     def forget(self, request: RequestId) -> None:
         """Drop what is remembered of a request."""
         self._memories.pop(request, None)
 
-    def make(self, running: Collection[Request]) -> dict[RequestId, int]:
-        """Lay guesses behind the known tokens of these requests; how many of each. None while a
-        prompt is computed: then rows are dear."""
-        if not running or self._most == 0 or len(running) >= self._rows:
-            return {}
-        if any(request.is_prefilling for request in running):
+    def may_be_made(self, requests: int) -> bool:
+        """Whether waves of so many requests have room for guesses."""
+        return self._most > 0 and 0 < requests < self._rows
+
+    def make(self, requests: Sequence[Request]) -> dict[RequestId, int]:
+        """Lay guesses behind the known tokens of the requests of the next wave; how many of each.
+        None while a prompt is computed: then rows are dear."""
+        if not self.may_be_made(len(requests)) or any(r.is_prefilling for r in requests):
             return {}
         found = [
             (request, memory, at)
-            for request in running
+            for request in requests
             if (memory := self._memory(request)).allowed
             and (at := _last_time(request, memory)) is not None
         ]
-        counts = self._choose([(r, memory) for r, memory, _ in found], len(running))
+        if not found:
+            return {}
+        counts = self._choose([(r, memory) for r, memory, _ in found], requests)
         for (request, memory, at), count in zip(found, counts, strict=True):
             if count == 0:
                 memory.likely += _UNTRIED * (_LIKELY - memory.likely)
@@ -134,10 +153,15 @@ class Guesses:
         if right < guessed:
             memory.likely -= _RECENT * memory.likely
 
-    def took(self, requests: int, rows: int, seconds: float) -> None:
+    def took(self, requests: Sequence[Request], rows: int, seconds: float) -> None:
         """Take in how long a wave of decoding requests took."""
-        if rows <= self._rows:
-            self._costs.learn(requests, rows, seconds)
+        if self.may_be_made(len(requests)) and rows <= self._rows:
+            self._costs_of(requests).learn(len(requests), rows, seconds)
+
+    def _costs_of(self, requests: Sequence[Request]) -> Costs:
+        """Those of waves through chains as wide and as deep."""
+        depth = max(request.chain.num_layers for request in requests)
+        return self._costs.setdefault((requests[0].chain.group, depth), Costs())
 
     def _memory(self, request: Request) -> _Memory:
         memory = self._memories.get(request.id)
@@ -147,23 +171,28 @@ class Guesses:
             self._memories[request.id] = memory
         return memory
 
-    def _choose(self, found: Sequence[tuple[Request, _Memory]], requests: int) -> list[int]:
-        """How many tokens to guess of each, so that most tokens come in a second."""
-        best = [0] * len(found)
-        highest = requests / self._costs.of(requests, requests)
-        for reach in _REACHES if found else ():
-            # The last token needs no row of its own.
-            counts = [
-                max(0, min(reach, self._most, r.sampling.max_tokens - r.outputs - 1))
-                for r, _ in found
-            ]
-            rows = requests + sum(counts)
-            if rows > self._rows or counts == best:
+    def _choose(
+        self, found: Sequence[tuple[Request, _Memory]], requests: Sequence[Request]
+    ) -> list[int]:
+        """How many tokens to guess of each, so that most tokens come in a second: row by row the
+        likeliest one is added, of which no more are right than of those before it."""
+        costs, number = self._costs_of(requests), len(requests)
+        # The last token of an answer needs no row of its own.
+        rooms = [min(self._most, r.sampling.max_tokens - r.outputs - 1) for r, _ in found]
+        chances = [memory.likely for _, memory in found]
+        counts = [0] * len(found)
+        best, highest, expected = list(counts), float(number), float(number)
+        for rows in range(number + 1, self._rows + 1):
+            open_ = [i for i, count in enumerate(counts) if count < rooms[i]]
+            cost = costs.of(number, rows)
+            if not open_ or cost is None:
                 break
-            right = sum(m.right(count) for (_, m), count in zip(found, counts, strict=True))
-            rate = (requests + right) / self._costs.of(requests, rows)
-            if rate > highest:
-                best, highest = counts, rate
+            i = max(open_, key=chances.__getitem__)
+            expected += chances[i]
+            counts[i] += 1
+            chances[i] *= found[i][1].likely
+            if expected / cost > highest:
+                best, highest = list(counts), expected / cost
         return best
 
 

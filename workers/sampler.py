@@ -157,7 +157,8 @@ def _draw_limited(rows: Tensor, s: Sequence[Sampling], draws: Sequence[float]) -
     most = max(counts)
     limits = torch.tensor(counts, device=rows.device)[:, None]
     wanted = _column([x.top_p for x in s], rows)
-    sums = rows.sum(1, keepdim=True)
+    # One by one: torch sums a row in another order where it has several.
+    sums = torch.stack([row.sum() for row in rows])[:, None]
     values, ids = torch.topk(rows, min(most, _CANDIDATES))
     if most > _CANDIDATES:
         # Few rows need more than the first candidates; what the others get is not to depend on it.

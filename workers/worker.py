@@ -18,7 +18,7 @@ import torch
 from ext.ops import Ops
 from ext.select import select_guessing, select_parking, select_replays
 from workers import wire
-from workers.batcher import Group, Wave, arrange, decide, follow
+from workers.batcher import Group, Wave, arrange, decide, follow, next_group
 from workers.chains import Chains, ServedChain
 from workers.gauge import Reading
 from workers.guesses import Guesses
@@ -255,7 +255,8 @@ class Worker:
                 self.clock.ops += ran - decided
                 self._outcomes.take(wave, logits)
             if wave.decodes:
-                self._guesses.took(len(wave.steps), wave.num_rows, time.perf_counter() - began)
+                requests = [step.request for step in wave.steps]
+                self._guesses.took(requests, wave.num_rows, time.perf_counter() - began)
         except (RuntimeError, MemoryError) as error:
             _log.exception("a wave of %d steps failed", len(wave.steps))
             # Raises where the device itself is lost: this worker ends, another takes its requests.
@@ -267,7 +268,9 @@ class Worker:
         """What runs next: the last wave once more, while the same requests decode and nothing is
         guessed."""
         last, cuts = self._last_wave
-        guesses = self._guesses.make(self._requests.running.values())
+        guesses: dict[wire.RequestId, int] = {}
+        if self._guesses.may_be_made(len(self._requests.running)):
+            guesses = self._guesses.make(next_group(self._requests.running.values(), self._turns))
         wave = None
         if not guesses and cuts == self._chains.cuts:
             wave = follow(last, self._requests.running)

@@ -18,7 +18,7 @@ def family(tmp_path_factory):
 
 def test_answers_and_status_say_what_is_rounded_and_how_far(family):
     told = {"store": "exact", "dtype": "bfloat16", "weights": "int8", "kv_cache": "bfloat16"}
-    body = {"model": "base", "prompt": [5, 6, 7], "max_tokens": 4}
+    body = {"model": "base", "prompt": [5, 6, 7], "max_tokens": 4, "ignore_eos": True}
     with running(family.zoo, "--kv-cache-memory-bytes", str(64 << 20), *FLAGS) as engine:
         request = urllib.request.Request(
             f"{engine.http}/v1/completions",
