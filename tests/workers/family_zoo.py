@@ -56,6 +56,15 @@ class Family:
         return PeftModel.from_pretrained(base, self._adapters[name]).eval()
 
 
+def mixed(root: Path) -> Family:
+    """A Llama with two LoRA of different targets and ranks, and one whose last layer was tuned."""
+    made = Family(root, "llama")
+    made.lora("qv", rank=4, targets=["q_proj", "v_proj"])
+    made.lora("mlp", rank=20, targets=MLP, seed=3)
+    made.tune("last", ["layers.3."])
+    return made
+
+
 def everything(root: Path, family: str) -> Family:
     """Base, LoRA of several ranks and targets, last layers, all layers."""
     made = Family(root, family)

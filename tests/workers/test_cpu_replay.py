@@ -8,7 +8,7 @@ import pytest
 
 from ext.build import supported
 from ext.ops import LoraSegment
-from tests.workers.family_zoo import MLP, Family
+from tests.workers.family_zoo import Family, mixed
 from tests.workers.local import LocalWorker
 from tests.workers.replayed import (
     Asked,
@@ -23,11 +23,7 @@ pytestmark = pytest.mark.skipif(not supported(), reason="needs AVX2, FMA and F16
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    made = Family(tmp_path_factory.mktemp("replayed"), "llama")
-    made.lora("qv", rank=4, targets=["q_proj", "v_proj"])
-    made.lora("mlp", rank=20, targets=MLP, seed=3)
-    made.tune("last", ["layers.3."])
-    return made
+    return mixed(tmp_path_factory.mktemp("replayed"))
 
 
 def test_mixed_batches_are_replayed_while_requests_come_and_go(family: Family) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 pytest.importorskip("triton", reason="needs triton")
 
 from tests import builders
-from tests.workers.family_zoo import MLP, Family, everything
+from tests.workers.family_zoo import Family, everything, mixed
 from tests.workers.hand_made import Base, Tuned
 from tests.workers.local import LocalWorker
 from tests.workers.replayed import (
@@ -34,11 +34,7 @@ BOUND = 0.1
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    made = Family(tmp_path_factory.mktemp("cuda"), "llama")
-    made.lora("qv", rank=4, targets=["q_proj", "v_proj"])
-    made.lora("mlp", rank=20, targets=MLP, seed=3)
-    made.tune("last", ["layers.3."])
-    return made
+    return mixed(tmp_path_factory.mktemp("cuda"))
 
 
 def test_mixed_batches_give_each_variants_own_tokens_and_are_replayed(family: Family) -> None:
