@@ -11,7 +11,6 @@ import math
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -37,17 +36,10 @@ from ext.packing import CpuMatrix, Packing
 from ext.patch import patch_address
 from ext.plan import CpuPlan, prepare
 from ext.quantize import Quantized
+from ext.rotary import CpuRotary, tabulate
 from ext.tape import Tape, Workspace
 
 _STORE, _ADD, _GATE = range(3)
-
-
-@dataclass(eq=False, slots=True)
-class CpuRotary:
-    """cos and sin per position, float32 [positions, 2, half]."""
-
-    table: Tensor
-    record: native.Record
 
 
 class CpuOps:
@@ -96,12 +88,7 @@ class CpuOps:
     def rotary(
         self, inverse_frequencies: Sequence[float], factor: float, interleaved: bool, positions: int
     ) -> CpuRotary:
-        frequencies = torch.tensor(inverse_frequencies, dtype=torch.float32)
-        angles = torch.arange(positions, dtype=torch.float32)[:, None] * frequencies
-        table = torch.stack((angles.cos() * factor, angles.sin() * factor), 1).contiguous()
-        half = len(inverse_frequencies)
-        record = native.Record(native.ROTARY.pack(table.data_ptr(), half, interleaved, positions))
-        return CpuRotary(table, record)
+        return tabulate(inverse_frequencies, factor, interleaved, positions)
 
     def memory(self, nbytes: int) -> Tensor:
         return torch.from_numpy(np.frombuffer(reserve(nbytes), np.uint8, nbytes))
@@ -113,10 +100,11 @@ class CpuOps:
         return prepare(geometry, last)
 
     @contextmanager
-    def taped(self, workspace: Workspace) -> Iterator[Tape]:
-        """Note the calls of a step that this thread runs within; its results lie in `workspace`."""
+    def taped(self, workspace: Workspace, most: int) -> Iterator[Tape]:
+        """Note the calls of a step that this thread runs within; its results lie in `workspace`,
+        with room for `most` rows."""
         assert self._tape is None, "a tape is running"
-        self._tape = tape = Tape(workspace)
+        self._tape = tape = Tape(workspace, most)
         try:
             yield tape
         finally:
@@ -273,40 +261,52 @@ class CpuOps:
         self._native.blockllm_detour(self._pool, head + b"".join(parts))
         _give_back(target, x)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, how: Attention, at: Place) -> Tensor:
-        cache, layer, plan = at.cache, at.layer, at.plan
+    def append(self, k: Tensor, v: Tensor, how: Attention, at: Place) -> None:
+        if len(k):
+            self._attend(None, k, v, None, how, at)
+
+    def attend(
+        self, q: Tensor, k: Tensor | None, v: Tensor | None, how: Attention, at: Place
+    ) -> Tensor:
+        out = self._empty(*q.shape)
+        if len(q):
+            self._attend(q, k, v, out, how, at)
+        return out
+
+    def _attend(
+        self,
+        q: Tensor | None,
+        k: Tensor | None,
+        v: Tensor | None,
+        out: Tensor | None,
+        how: Attention,
+        at: Place,
+    ) -> None:
+        """Append, attend, or both."""
+        layer, plan, pages = at.layer, at.plan, at.cache.data
         rotary: CpuRotary | None = how.rotary
-        q, k, v = _plain(q), _plain(k), _plain(v)
-        _, _, page, kv_heads, dim = cache.data.shape
-        rows, width = q.shape
-        out = self._empty(rows, width)
-        if rows == 0:
-            return out
-        heads = width // dim
+        page, kv_heads, dim = pages.shape[2:]
+        q, k, v = (x if x is None else _plain(x) for x in (q, k, v))
         native.check_attention(q, k, v, how, at)
-        q_norm, k_norm = (NormRecord(norm, dim, rows) for norm in (how.q_norm, how.k_norm))
+        norms = [NormRecord(norm, dim, plan.num_rows) for norm in (how.q_norm, how.k_norm)]
         if self._tape is not None:
             self._tape.note_bounds(layer, math.inf if rotary is None else len(rotary.table))
         self._call(
             "attend",
             native.ATTEND.pack(
-                *(tensor.data_ptr() for tensor in (q, k, v, out, cache.data)),
-                STORAGE[cache.data.dtype],
-                heads,
-                kv_heads,
-                dim,
-                page,
-                layer,
+                *(address(tensor) for tensor in (q, k, v, out, pages)),
+                STORAGE[pages.dtype],
+                kv_heads if q is None else q.shape[1] // dim,
+                *(kv_heads, dim, page, layer),
                 plan.record.address,
                 rotary.record.address if rotary is not None else 0,
-                *q_norm.fields,
-                *k_norm.fields,
+                *norms[0].fields,
+                *norms[1].fields,
                 how.scale,
                 how.window or 0,
                 self.rounding,
             ),
         )
-        return out
 
     def split(self, y: Tensor, groups: int, widths: Sequence[int]) -> list[Tensor]:
         y = _plain(y)

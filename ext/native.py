@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Sequence
 from struct import Struct
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -48,8 +48,11 @@ CODES: dict[Bits, int] = {"int8": 4, "int4": 5}
 PAGES = (torch.float32, torch.bfloat16)
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "tanh": 4, "none": 5}
 
-# In the order of `Operation` in records.h.
 Replayable = Literal["project", "attend", "activate", "add_norm", "split"]
+# The numbers of `Operation` in records.h.
+OPERATIONS: dict[Replayable, int] = {name: i for i, name in enumerate(get_args(Replayable))}
+# Where their records say how many rows there are, or elements of rows; of attention, plans do.
+COUNTS: dict[Replayable, int] = {"project": 8, "activate": 24, "add_norm": 16, "split": 8}
 
 _NORM_RUN = Struct("qqQQ")
 _NORMS = {"rms": 1, "layer": 2}
@@ -151,19 +154,19 @@ def check_runs(runs: Sequence[Run], rows: int) -> None:
         end = run.last
 
 
-def check_attention(q: Tensor, k: Tensor, v: Tensor, how: Attention, at: Place) -> None:
+def check_attention(
+    q: Tensor | None, k: Tensor | None, v: Tensor | None, how: Attention, at: Place
+) -> None:
     """Refuse what would make the kernel read or write beyond what it was given."""
     plan, rotary, pages = at.plan, how.rotary, at.cache.data
     kv_heads, dim = pages.shape[3:]
-    rows, width = q.shape
-    if (
-        rows != plan.num_rows
-        or not k.shape == v.shape == (rows, kv_heads * dim)
-        or width // dim % kv_heads
-    ):
+    rows = plan.num_rows
+    fits = q is None or (len(q) == rows and q.shape[1] % dim == 0 == q.shape[1] // dim % kv_heads)
+    if not fits or any(x is not None and x.shape != (rows, kv_heads * dim) for x in (k, v)):
+        q_shape, k_shape, v_shape = (x if x is None else tuple(x.shape) for x in (q, k, v))
         raise ValueError(
-            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit"
-            f" {plan.num_rows} rows of {kv_heads} kv heads"
+            f"q {q_shape}, k {k_shape} and v {v_shape} do not fit"
+            f" {rows} rows of {kv_heads} kv heads"
         )
     if pages.dtype not in PAGES:
         raise ValueError(f"pages must be float32 or bfloat16, not {pages.dtype}")

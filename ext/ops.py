@@ -295,11 +295,19 @@ class Ops(Protocol):
         """act(gate) * up for linears (gate, up), as project and activate would give it."""
         ...
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, how: Attention, at: Place) -> Tensor:
-        """Norm q and k per head where asked, rotate them, write k and v into the pages, then causal
-        attention of each row over its sequence's positions (the last `how.window`, if set).
+    def append(self, k: Tensor, v: Tensor, how: Attention, at: Place) -> None:
+        """Norm k per head where asked, rotate it, write k and v [rows, kv_heads * head_dim] into
+        the pages."""
+        ...
 
-        q [rows, heads * head_dim], k and v [rows, kv_heads * head_dim] -> [rows, heads * head_dim].
+    def attend(
+        self, q: Tensor, k: Tensor | None, v: Tensor | None, how: Attention, at: Place
+    ) -> Tensor:
+        """`append` k and v, unless they are None: then it was done before. Norm q per head where
+        asked, rotate it, then causal attention of each row over its sequence's positions (the last
+        `how.window`, if set).
+
+        q [rows, heads * head_dim] -> [rows, heads * head_dim].
         """
         ...
 

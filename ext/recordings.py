@@ -1,8 +1,8 @@
-"""Decode steps recorded as lists of native calls: one foreign call runs a step again.
+"""Steps recorded as lists of native calls: one foreign call runs a step again.
 
 A recorded step reads activations, a plan and patches at addresses that stay; each replay puts those
-of its batch there. Recordings are of one number of rows, are made when first wanted, and leave by
-least recent use.
+of its batch there, and the number of its rows into the records. Recordings have room for a power of
+two of rows, are made when first wanted, and leave by least recent use.
 """
 
 import ctypes
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
+import numpy as np
 from torch import Tensor
 
 from ext import native
@@ -27,14 +28,14 @@ Step = Callable[[Tensor, CpuPlan, Sequence[Patch | None]], None]
 @dataclass(frozen=True, slots=True)
 class _Key:
     units: tuple[int, ...]
-    rows: int
+    most: int  # rows
 
 
 class _Recorded:
-    """The records of a tape, one behind the other, and the call that names them all. `owner` is the
-    step, which keeps what they point at."""
+    """The records of a tape of so many rows, one behind the other, and the call that names them
+    all. `owner` is the step, which keeps what they point at."""
 
-    def __init__(self, tape: Tape, patches: Sequence[Patch], owner: Step) -> None:
+    def __init__(self, tape: Tape, patches: Sequence[Patch], rows: int, owner: Step) -> None:
         self.layers, self.positions = tape.layers, tape.positions
         self._owner = owner
         ends = list(accumulate((len(record) for _, record in tape.calls), initial=0))
@@ -44,18 +45,30 @@ class _Recorded:
             for slot in (tape.slots.get(id(patch)) for patch in patches)
         ]
         self._loaded: Sequence[Patch | None] | None = None
+        # The counts that grow with the rows: where they stand, and how much there is of a row.
+        fields = [
+            (end + native.COUNTS[operation]) // 8
+            for (operation, _), end in zip(tape.calls, ends, strict=False)
+            if operation in native.COUNTS
+        ]
+        self._numbers = np.frombuffer(memoryview(self._records.data), np.int64)
+        self._fields = np.array(fields, np.int64)
+        self._of_a_row = self._numbers[self._fields] // rows
+        self._rows = rows
         calls = (
-            native.REPLAYED.pack(operation, self._records.address + end)
+            native.REPLAYED.pack(native.OPERATIONS[operation], self._records.address + end)
             for (operation, _), end in zip(tape.calls, ends, strict=False)
         )
         self.call = native.Record(native.REPLAY.pack(len(tape.calls)) + b"".join(calls))
 
     def load(self, patches: Sequence[Patch | None], rows: int, ops: CpuOps) -> None:
-        """Let the linears have these patches."""
+        """Let there be so many rows, and the linears have these patches."""
         # A caller keeps its patches while the same rows decode.
-        if patches is self._loaded:
+        if patches is self._loaded and rows == self._rows:
             return
         self._loaded = None
+        self._numbers[self._fields] = self._of_a_row * rows
+        self._rows = rows
         for slot, patch in zip(self._slots, patches, strict=True):
             if slot is not None:
                 offset, matrix = slot
@@ -69,8 +82,10 @@ class _Recorded:
 
 
 class Recordings:
-    """Recorded decode steps over some kernels; at most `capacity` of them are kept. See
+    """Recorded steps over some kernels; at most `capacity` of them are kept. See
     `ext.replays.Replays`."""
+
+    takes_prompts = True
 
     def __init__(self, ops: CpuOps, capacity: int = 256) -> None:
         self.ops = ops
@@ -98,12 +113,13 @@ class Recordings:
         """See `ext.replays.Replays.run`."""
         rows, (plan, _) = len(x), batch
         ctypes.memmove(self._plan.address, plan.record.address, native.PLAN.size)
-        stream = self._stream(*x.shape)
+        key = _Key(units, 1 << (rows - 1).bit_length())
+        stream = self._stream(key.most, x.shape[1])[:rows]
         stream.copy_(x)
-        key = _Key(units, rows)
         recorded = self._shelf.find(key)
         if recorded is None:
-            recorded = self._record(stream, replace(plan, record=self._plan), patches, step)
+            own = replace(plan, record=self._plan)
+            recorded = self._record(stream, key.most, own, patches, step)
             self._shelf.keep(key, recorded)
         else:
             if plan.num_layers < recorded.layers or plan.num_positions > recorded.positions:
@@ -122,23 +138,22 @@ class Recordings:
         self._shelf.retain(keeps)
 
     def _record(
-        self, stream: Tensor, plan: CpuPlan, patches: Sequence[Patch | None], step: Step
+        self, stream: Tensor, most: int, plan: CpuPlan, patches: Sequence[Patch | None], step: Step
     ) -> _Recorded:
-        """Run a step, noting what it calls. Each linear has a patch of its own meanwhile, so that
-        its place is known."""
+        """Run a step, noting what it calls, with room for so many rows. Each linear has a patch of
+        its own meanwhile, so that its place is known."""
         own = [Patch((), ()) if patch is None else replace(patch) for patch in patches]
-        with self.ops.taped(self._workspace) as tape:
+        with self.ops.taped(self._workspace, most) as tape:
             step(stream, plan, own)
         for patch, other in zip(patches, own, strict=True):
             if patch is not None:
                 patch.prepared = other.prepared
-        recorded = _Recorded(tape, own, step)
+        recorded = _Recorded(tape, own, len(stream), step)
         recorded.load(patches, len(stream), self.ops)
         return recorded
 
-    def _stream(self, rows: int, hidden: int) -> Tensor:
-        """Activations at an address that stays; fewer rows lie within memory for more."""
-        most = 1 << (rows - 1).bit_length()
+    def _stream(self, most: int, hidden: int) -> Tensor:
+        """Activations of so many rows, at an address that stays."""
         if (most, hidden) not in self._streams:
             self._streams[most, hidden] = self._workspace.empty(most, hidden)
-        return self._streams[most, hidden][:rows]
+        return self._streams[most, hidden]

@@ -143,18 +143,23 @@ class TorchOps(PlainOps):
             y[first:last] += bias
         return y
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, how: Attention, at: Place) -> Tensor:
+    def append(self, k: Tensor, v: Tensor, how: Attention, at: Place) -> None:
         cache, plan = at.cache, at.plan
-        kv_heads, dim = cache.data.shape[3:]
-        q, k, v = (t.view(len(t), -1, dim) for t in (q, k, v))
-        q = q if how.q_norm is None else normalize(q, how.q_norm)
-        k = k if how.k_norm is None else normalize(k, how.k_norm)
-        if how.rotary is not None:
-            q, k = (rotate(t, how.rotary, plan.positions) for t in (q, k))
-        table = plan.tables[at.layer]
-        written = table[plan.sequences, plan.positions // cache.page]
+        k, v = (t.view(len(t), -1, cache.data.shape[4]) for t in (k, v))
+        k = _turned(k, how.k_norm, how, plan)
+        written = plan.tables[at.layer][plan.sequences, plan.positions // cache.page]
         for part, new in enumerate((k, v)):
             cache.data[written, part, plan.positions % cache.page] = new.to(cache.data.dtype)
+
+    def attend(
+        self, q: Tensor, k: Tensor | None, v: Tensor | None, how: Attention, at: Place
+    ) -> Tensor:
+        if k is not None and v is not None:
+            self.append(k, v, how, at)
+        cache, plan = at.cache, at.plan
+        kv_heads, dim = cache.data.shape[3:]
+        q = _turned(q.view(len(q), -1, dim), how.q_norm, how, plan)
+        table = plan.tables[at.layer]
         out = torch.empty_like(q)
         if len(plan.singles):
             rows = plan.single_rows
@@ -207,6 +212,12 @@ def _replaced(
     for begin, end, own in biases:
         kept += [(begin, min(end, first), own), (max(begin, last), end, own)]
     return [run for run in kept if run[0] < run[1]] + [(first, last, bias)]
+
+
+def _turned(x: Tensor, norm: Norm | None, how: Attention, plan: TorchPlan) -> Tensor:
+    """Heads [rows, heads, dim], normalized and rotated."""
+    x = x if norm is None else normalize(x, norm)
+    return x if how.rotary is None else rotate(x, how.rotary, plan.positions)
 
 
 def rotate(x: Tensor, rotary: Rotary, positions: Tensor) -> Tensor:

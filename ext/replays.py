@@ -1,4 +1,4 @@
-"""Decode steps that are captured once and replayed over other rows, as the workers ask for it.
+"""Steps that are captured once and replayed over other rows, as the workers ask for it.
 
 `ext.cuda.graphs` captures them as CUDA graphs, `ext.recordings` as lists of native calls.
 """
@@ -22,7 +22,10 @@ class Counts:
 
 
 class Replays(Protocol):
-    """The captured steps of one device."""
+    """The captured steps of one device. `takes_prompts` says whether they serve batches in which a
+    sequence has any number of rows."""
+
+    takes_prompts: bool
 
     @property
     def counts(self) -> Counts:
@@ -37,8 +40,8 @@ class Replays(Protocol):
         patches: Sequence[Patch | None],
         step: Callable[[Tensor, Opaque, Sequence[Patch | None]], None],
     ) -> bool:
-        """Run `step` (over rows x, a plan, patches) on x [rows, hidden], in place, for a decode
-        batch: its plan, and a page for padding. False, and nothing done, if the batch is too large.
+        """Run `step` (over rows x, a plan, patches) on x [rows, hidden], in place, for a batch: its
+        plan, and a page for padding. False, and nothing done, if the batch is too large.
         `units` names what `step` computes: equal names, equal steps."""
         ...
 

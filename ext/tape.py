@@ -8,7 +8,6 @@ import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 import numpy as np
 import torch
@@ -17,8 +16,6 @@ from torch import Tensor
 from ext import native
 from ext.memory import Arena
 from ext.ops import Linear, Opaque, Patch
-
-_OPERATIONS = {name: number for number, name in enumerate(get_args(native.Replayable))}
 
 
 class Workspace:
@@ -50,19 +47,25 @@ class Slot:
 
 
 class Tape:
-    """What a step calls, in order. `slots` are by the `id` of the patches it was given; `layers`
-    and `positions` bound the batches that its attention can serve."""
+    """What a step calls, in order; its results have memory for `most` rows. `slots` are by the `id`
+    of the patches it was given; `layers` and `positions` bound the batches that its attention can
+    serve."""
 
-    def __init__(self, workspace: Workspace) -> None:
-        self.empty = workspace.empty
-        self.calls: list[tuple[int, bytes]] = []
+    def __init__(self, workspace: Workspace, most: int) -> None:
+        self._workspace = workspace
+        self._most = most
+        self.calls: list[tuple[native.Replayable, bytes]] = []
         self.slots: dict[int, Slot] = {}
         self.layers = 0
         self.positions = math.inf
 
+    def empty(self, rows: int, *shape: int) -> Tensor:
+        """Memory for a result."""
+        return self._workspace.empty(self._most, *shape)[:rows]
+
     def note(self, operation: native.Replayable, record: bytes) -> None:
         """Take in a call."""
-        self.calls.append((_OPERATIONS[operation], record))
+        self.calls.append((operation, record))
 
     def note_patches(self, linears: Sequence[Linear], patches: Sequence[Patch | None]) -> None:
         """Know which patches the next call, a projection, is given."""

@@ -8,6 +8,7 @@ wave while nothing but tokens changes. Called by the worker's loop; no clock, no
 
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -48,15 +49,26 @@ class Step:
 @dataclass(frozen=True, slots=True)
 class Stage:
     """Units [first, last) run for steps [steps of the wave by index] over `rows`: a slice where
-    they lie together, else row numbers. These are all rows of the steps, or in the tail of their
-    chain those whose logits are wanted. `runs` are (chain, first row, last row) within them."""
+    they lie together, else row numbers. These are all rows of the steps, `counts` of each, or in
+    the tail of their chain those whose logits are wanted. `runs` are (chain, first row, last row)
+    within them.
+
+    Where a tail begins with attention, a stage of no units goes before it, in which that writes the
+    keys and values of all rows; the next finds them `written`."""
 
     block: int
     first: int
     last: int
     steps: tuple[int, ...]
+    counts: tuple[int, ...]
     rows: slice | np.ndarray
     runs: tuple[tuple[ServedChain, int, int], ...]
+    written: bool = False
+
+    @property
+    def writes(self) -> bool:
+        """Whether it writes keys and values, and does nothing else."""
+        return self.first == self.last
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,10 +182,12 @@ def arrange(steps: Sequence[Step], cuts: Sequence[int] = (), *, whole: bool = Fa
         for s in ordered
     )
     wave = Wave(tuple(ordered), starts, wanted, decodes, ())
-    stages = (
-        _stage(piece, [runs[i] for i in members], wave, whole=whole)
+    made = [
+        (piece, _stage(piece, [runs[i] for i in members], wave, whole=whole))
         for piece, members in schedule(paths)
-    )
+    ]
+    written = {piece[:2] for piece, stage in made if stage.writes}
+    stages = (replace(s, written=True) if p[:2] in written and not s.writes else s for p, s in made)
     return replace(wave, stages=tuple(stage for stage in stages if stage.runs))
 
 
@@ -246,7 +260,8 @@ def _cuts(steps: Sequence[Step]) -> set[int]:
 
 def _pieces(step: Step, cuts: Set[int], tails: Set[tuple[int, int]]) -> list[Piece]:
     """What a step runs through: (block, first unit, last unit); the head unit stands alone. `cuts`
-    are depths at which every block is cut, `tails` such of certain blocks."""
+    are depths at which every block is cut, `tails` such of certain blocks, where attention is two
+    pieces: see `Stage`."""
     chain, depth = step.request.chain, step.span.depth
     bounds = {*cuts, len(chain.units) - 1}
     pieces: list[Piece] = []
@@ -254,46 +269,51 @@ def _pieces(step: Step, cuts: Set[int], tails: Set[tuple[int, int]]) -> list[Pie
         inside = range(block.first + 1, block.last)
         inner = [d for d in inside if d in bounds or (block.key, d) in tails]
         for first, last in zip([block.first, *inner], [*inner, block.last], strict=True):
-            if first >= depth:
-                pieces.append((block.key, first, last))
+            if first < depth:
+                continue
+            if (block.key, first) in tails and chain.layers[first] < chain.layers[first + 1]:
+                pieces.append((block.key, first, first))
+            pieces.append((block.key, first, last))
     return pieces
 
 
 def _stage(piece: Piece, runs: list[tuple[int, int]], wave: Wave, *, whole: bool) -> Stage:
-    members = [i for first, last in runs for i in range(first, last)]
+    _, first_unit, last_unit = piece
+    members: list[int] = []
+    counts: list[int] = []
     chains: list[tuple[ServedChain, int, int]] = []
-    ranges: list[np.ndarray] = []
+    ranges: list[range] = []
     row = 0
     for first, last in runs:
         chain = wave.steps[first].request.chain
-        narrow = piece[1] >= (len(chain.units) - 1 if whole else chain.tail)
-        rows = _wanted_rows(wave, first, last) if narrow else _all_rows(wave, first, last)
-        if not len(rows):
+        narrow = first_unit >= (len(chain.units) - 1 if whole else chain.tail)
+        narrow = narrow and first_unit < last_unit
+        before = row
+        for i in range(first, last):
+            begin, own = int(wave.starts[i]), wave.wanted[i]
+            rows = (
+                range(begin + own.start, begin + own.stop)
+                if narrow
+                else range(begin, int(wave.starts[i + 1]))
+            )
+            if rows:
+                members.append(i)
+                counts.append(len(rows))
+                ranges.append(rows)
+                row += len(rows)
+        if row == before:
             continue
         if chains and chains[-1][0] is chain:
-            chains[-1] = (chain, chains[-1][1], row + len(rows))
+            chains[-1] = (chain, chains[-1][1], row)
         else:
-            chains.append((chain, row, row + len(rows)))
-        ranges.append(rows)
-        row += len(rows)
-    return Stage(piece[0], piece[1], piece[2], tuple(members), _together(ranges), tuple(chains))
+            chains.append((chain, before, row))
+    return Stage(*piece, tuple(members), tuple(counts), _together(ranges), tuple(chains))
 
 
-def _all_rows(wave: Wave, first: int, last: int) -> np.ndarray:
-    """The rows of steps [first, last)."""
-    return np.arange(int(wave.starts[first]), int(wave.starts[last]))
-
-
-def _wanted_rows(wave: Wave, first: int, last: int) -> np.ndarray:
-    """Those whose logits are wanted."""
-    begins = wave.starts[first:last].tolist()
-    rows = [b + r for b, own in zip(begins, wave.wanted[first:last], strict=True) for r in own]
-    return np.array(rows, np.int64)
-
-
-def _together(ranges: Sequence[np.ndarray]) -> slice | np.ndarray:
+def _together(ranges: Sequence[range]) -> slice | np.ndarray:
     """Row numbers, as a slice where they lie together."""
-    rows = np.concatenate(ranges) if ranges else np.arange(0)
-    if len(rows) and rows[-1] - rows[0] + 1 == len(rows):
-        return slice(int(rows[0]), int(rows[-1]) + 1)
-    return rows
+    if not ranges:
+        return slice(0, 0)
+    if all(a.stop == b.start for a, b in pairwise(ranges)):
+        return slice(ranges[0].start, ranges[-1].stop)
+    return np.concatenate([np.arange(r.start, r.stop) for r in ranges])

@@ -15,10 +15,12 @@ from zoo.errors import ZooError
 from zoo.manifest import (
     Attachment,
     AttachmentDigest,
+    AttentionSpec,
     EmbedSpec,
     ForeignSpec,
     Manifests,
     MlpSpec,
+    ParallelSpec,
     Prefix,
     SoftPrompt,
     StitchSpec,
@@ -61,8 +63,9 @@ class BlockRange:
 class ServedChain:
     """A chain in use. `lineages[d]` names units [0, d) with their attachments; `layers[u]` is the
     attention layer of unit u (or the number of layers below it); `full_depth` is the depth below
-    which all attention layers lie. From depth `tail` on, units see each row alone, so only rows
-    whose logits are wanted go there. `branches` are the depths where other chains part from it.
+    which all attention layers lie. From depth `tail` on, units see of other rows no more than the
+    keys and values that its first unit writes, so only rows whose logits are wanted go there.
+    `branches` are the depths where other chains part from it.
 
     `hidden` is the width of the stream at the bottom, `stitches` are depths from which on it has
     another. `virtual` positions stand before a request's first token; the KV of the first `seeded`
@@ -164,11 +167,12 @@ def describe(chain: ChainId, manifests: Manifests) -> ServedChain:
 
 
 def _tail(units: Sequence[tuple[UnitDigest, Unit]]) -> int:
-    """The depth of the head, or of the MLPs that stand right below it."""
+    """The depth of the head, or of the MLPs right below it and the attention below these."""
     depth = len(units) - 1
     while isinstance(units[depth - 1][1].spec, MlpSpec):
         depth -= 1
-    return depth
+    attends = isinstance(units[depth - 1][1].spec, AttentionSpec | ParallelSpec)
+    return depth - 1 if attends else depth
 
 
 def _virtual(

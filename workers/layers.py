@@ -19,22 +19,29 @@ from workers.pieces import Reads
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What the attention of a stage needs beside its rows: pages and where the rows stand."""
+    """What the attention of a stage needs beside its rows: pages and where the rows stand. In
+    attention layer `written` keys and values stand in the pages already."""
 
     ops: Ops
     cache: Cache
     plan: Plan
+    written: int | None = None
 
 
 def attention(unit: AttentionUnit, x: Tensor, layer: int, worn: Worn, at: Context) -> None:
     """x += O(attend(Q, K, V of norm(x))), normed where the unit asks; `layer` counts attention
     layers from the chain's bottom."""
-    parts = _inputs(unit, x, worn, at)
-    if len(parts) == 1:
-        parts = at.ops.split(parts[0], unit.groups, unit.widths)
-    q, k, v = parts
+    some = slice(1) if layer == at.written else slice(3)
+    q, *kv = _attended(unit, x, some, worn, at)
+    k, v = kv or (None, None)
     y = at.ops.attend(q, k, v, unit.attention, Place(at.cache, layer, at.plan))
     _add(unit, x, y, x, worn, at)
+
+
+def write(unit: AttentionUnit, x: Tensor, layer: int, worn: Worn, at: Context) -> None:
+    """Only the keys and values of `attention`, into the pages."""
+    k, v = _attended(unit, x, slice(1, 3), worn, at)
+    at.ops.append(k, v, unit.attention, Place(at.cache, layer, at.plan))
 
 
 def mlp(unit: MlpUnit, x: Tensor, worn: Worn, at: Context) -> None:
@@ -69,9 +76,22 @@ def normed(x: Tensor, norm: Norm, ops: Ops) -> Tensor:
     return y
 
 
-def _inputs(unit: AttentionUnit | MlpUnit, x: Tensor, worn: Worn, at: Context) -> Sequence[Tensor]:
-    patches = [worn.linears.get(role) for role in unit.roles]
-    return at.ops.project(x, unit.norm, unit.inputs, patches)
+def _attended(
+    unit: AttentionUnit, x: Tensor, some: slice, worn: Worn, at: Context
+) -> Sequence[Tensor]:
+    """Some of Q, K and V of norm(x)."""
+    if len(unit.inputs) == 1:
+        (fused,) = _inputs(unit, x, worn, at)
+        return at.ops.split(fused, unit.groups, unit.widths)[some]
+    return _inputs(unit, x, worn, at, some)
+
+
+def _inputs(
+    unit: AttentionUnit | MlpUnit, x: Tensor, worn: Worn, at: Context, some: slice = slice(None)
+) -> Sequence[Tensor]:
+    """What some of a unit's inputs make of norm(x)."""
+    patches = [worn.linears.get(role) for role in unit.roles[some]]
+    return at.ops.project(x, unit.norm, unit.inputs[some], patches)
 
 
 def _activated(unit: MlpUnit, x: Tensor, worn: Worn, at: Context) -> Tensor:

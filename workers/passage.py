@@ -47,6 +47,13 @@ class Passage:
             x = _pass(site, part.worn, x, at)
         return x
 
+    def write(self, x: Tensor, at: layers.Context) -> None:
+        """Only the keys and values of its one part, over x [rows, hidden]."""
+        (part,) = self._parts
+        unit = part.unit.attention if isinstance(part.unit, ParallelUnit) else part.unit
+        assert isinstance(unit, AttentionUnit)
+        layers.write(unit, x, part.layer, part.worn, at)
+
     @cached_property
     def replayable(self) -> bool:
         """Whether a capture of these units can serve whatever rows wear upon them."""

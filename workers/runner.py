@@ -7,6 +7,7 @@ import hashlib
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ from workers.requests import Request, Requests
 from workers.wire import BlockReport, ChainId
 
 _KEPT_PASSAGES = 1024
+# Steps of a wave, and how many rows of each.
+Members: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,7 @@ class _Running:
     cache: Cache
     device: torch.device
     streams: dict[int, Tensor] = field(default_factory=dict)
-    plans: dict[tuple[int, ...], Plan] = field(default_factory=dict)
+    plans: dict[Members, Plan] = field(default_factory=dict)
     logits: list[Logits] = field(default_factory=list)
 
     def x(self, width: int) -> Tensor:
@@ -95,7 +98,7 @@ class Runner:
         self._unit_bytes: dict[ChainId, tuple[int, ...]] = {}
         self._caches = Caches(ops, memory, pads=replays is not None)
         self._passages: OrderedDict[tuple[int, int, ChainId, Rows], Passage] = OrderedDict()
-        self._laid: dict[tuple[int, ...], _Laid] = {}
+        self._laid: dict[Members, _Laid] = {}
         self._stages: tuple[Stage, ...] = ()
         self.counts: OrderedDict[int, BlockCount] = OrderedDict()
         self.prepare_s = 0.0
@@ -137,7 +140,7 @@ class Runner:
         running = self._begin(wave)
         spent: list[float] = []
         for stage in wave.stages:
-            self._plan(running, stage.steps)
+            self._plan(running, stage)
             self._ops.synchronize()
             began = time.perf_counter()
             self._take(running, stage)
@@ -190,17 +193,27 @@ class Runner:
             self._advance(running, stage)
 
     def _advance(self, running: _Running, stage: Stage) -> None:
-        self._count(stage)
+        if not stage.written:
+            self._count(stage)
         self._pass(running, stage)
-        self._keep(running, stage)
+        if not stage.writes:
+            self._keep(running, stage)
 
     def _pass(self, running: _Running, stage: Stage) -> None:
         """Units of a stage, over its rows of x."""
         # Chains that share units may be asked for at different lengths: rotary tables end there.
         chain = max((c for c, _, _ in stage.runs), key=lambda c: c.context)
         passage = self._passage(stage, chain)
-        at = layers.Context(self._ops, running.cache, self._plan(running, stage.steps))
+        at = layers.Context(
+            self._ops,
+            running.cache,
+            self._plan(running, stage),
+            passage.layer if stage.written else None,
+        )
         rows = self._rows(stage)
+        if stage.writes:
+            passage.write(running.x(chain.width(stage.first))[rows], at)
+            return
         if passage.embed is not None:
             unit, worn = passage.embed
             x = vocabulary.embed(unit, self._tokens(running.wave, stage), worn, at)
@@ -229,7 +242,7 @@ class Runner:
                         *self._attachments.dress(i, chain.id, units[i], rows),
                         chain.layers[i],
                     )
-                    for i in range(stage.first, stage.last)
+                    for i in range(stage.first, max(stage.last, stage.first + 1))
                 ]
             )
             if len(self._passages) > _KEPT_PASSAGES:
@@ -237,19 +250,18 @@ class Runner:
         return passage
 
     def _replay(self, running: _Running, stage: Stage, passage: Passage, x: Tensor) -> bool:
-        """Run a decode stage as a captured step, if there is such a thing for it."""
-        if self._replays is None or not passage.replayable:
+        """Run a stage as a captured step, if there is such a thing for it."""
+        replays = self._replays
+        if replays is None or not passage.replayable or stage.written:
             return False
         steps = [running.wave.steps[i] for i in stage.steps]
-        if len(x) != sum(1 + step.guesses for step in steps):
+        if not replays.takes_prompts and any(s.count > 1 + s.guesses for s in steps):
             return False
-        if any(step.count > 1 + step.guesses for step in steps):
-            return False  # of prompts, above the last attention
         cache = running.cache
-        return self._replays.run(
+        return replays.run(
             (id(cache), passage.layer, *passage.units),
             x,
-            (self._plan(running, stage.steps), len(cache.data) - 1),
+            (self._plan(running, stage), len(cache.data) - 1),
             passage.patches,
             passage.step(self._ops, cache),
         )
@@ -274,7 +286,7 @@ class Runner:
             self._attachments.select(tuple((c.id, a, b) for c, a, b in stage.runs)),
         )
         assert isinstance(unit, HeadUnit)
-        at = layers.Context(self._ops, running.cache, self._plan(running, stage.steps))
+        at = layers.Context(self._ops, running.cache, self._plan(running, stage))
         x = running.x(chain.width(stage.first))[self._rows(stage)]
         data = vocabulary.head(unit, x, worn, at)
         running.logits.append(Logits(data, tuple(steps), tuple(positions)))
@@ -287,32 +299,32 @@ class Runner:
         ]
         return np.concatenate(parts).astype(np.int64)
 
-    def _plan(self, running: _Running, members: tuple[int, ...]) -> Plan:
-        """The attention plan of these steps, made once per wave."""
-        plan = running.plans.get(members)
+    def _plan(self, running: _Running, stage: Stage) -> Plan:
+        """The attention plan of a stage's rows, made once per wave."""
+        plan = running.plans.get((stage.steps, stage.counts))
         if plan is None:
             began = time.perf_counter()
-            plan = running.plans[members] = self._lay(running.wave, members).plan
+            plan = running.plans[stage.steps, stage.counts] = self._lay(running.wave, stage).plan
             self.prepare_s += time.perf_counter() - began
         return plan
 
-    def _lay(self, wave: Wave, members: tuple[int, ...]) -> _Laid:
-        """Tables and plan of some steps of a wave, from those of the wave that it follows."""
-        steps = [wave.steps[i] for i in members]
+    def _lay(self, wave: Wave, stage: Stage) -> _Laid:
+        """Tables and plan of some rows of a wave, from those of the wave that it follows."""
+        steps = [wave.steps[i] for i in stage.steps]
         contexts = np.array([s.end for s in steps], np.int32)
         columns = self._memory.pages(int(contexts.max()))
-        last = self._laid.get(members)
+        last = self._laid.get((stage.steps, stage.counts))
         if last is not None and last.columns == columns:
             starts, tables = last.starts, last.tables
         else:
             starts = np.zeros(len(steps) + 1, np.int32)
-            np.cumsum([s.count for s in steps], out=starts[1:])
+            np.cumsum(stage.counts, out=starts[1:])
             layers = max(s.request.chain.num_layers for s in steps)
             tables = self._memory.tables([s.request.slot for s in steps], layers, columns)
             last = None
         geometry = Geometry(starts, contexts, tables)
         plan = self._ops.plan(geometry, None if last is None else last.plan)
-        made = self._laid[members] = _Laid(columns, starts, tables, plan)
+        made = self._laid[stage.steps, stage.counts] = _Laid(columns, starts, tables, plan)
         return made
 
     def _count(self, stage: Stage) -> None:

@@ -96,7 +96,8 @@ void attend_split(Pool* pool, const Way& way, int64_t spans) {
 
 template <class Way>
 void attend(Pool* pool, const Way& way) {
-  append(pool, way);
+  if (way.a.call.k != nullptr) append(pool, way);
+  if (way.a.call.q == nullptr) return;
   const Plan& plan = *way.a.call.plan;
   const int64_t heads = way.a.call.kv_heads, enough = kTasksPerThread * pool->threads();
   if (plan.blocks >= enough || pool->threads() == 1) {

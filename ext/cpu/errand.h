@@ -3,7 +3,8 @@
 // Such products keep the cores busy and leave memory idle; attention of few queries is the other
 // way round. So the lines of its pages are asked for between products, evenly, and pass through a
 // core's second-level cache into the third, where attention finds them. Not all cores need share
-// that one: each thread fetches what it is likely to read itself.
+// that one: each thread fetches what it is likely to read itself. Blocks of many rows compute longer
+// than they wait: nothing is fetched for them.
 #pragma once
 #include <algorithm>
 
@@ -17,6 +18,8 @@ namespace blockllm {
 
 // Multiply-adds that leave time to fetch one line, at the least.
 constexpr double kProductsPerLine = 512;
+// Rows of a block that waits for its pages, at most.
+constexpr int64_t kMostWaiting = 8;
 
 class Errand {
  public:
@@ -73,6 +76,7 @@ class Errand {
     const auto each = [&](auto&& body) {
       for (int64_t i = 0; i < blocks; ++i) {
         const Reach reach = a.reach(block_of(i, blocks, threads_));
+        if (reach.last - reach.first > kMostWaiting) continue;
         const int32_t* pages = a.pages(reach.first);
         const int64_t last = a.position(reach.last - 1) / call.page;
         for (int64_t at = a.lowest(reach.first) / call.page; at <= last; ++at) body(i, pages[at]);
@@ -80,6 +84,7 @@ class Errand {
     };
     int64_t count = 0, listed = 0, fetched = 0;
     each([&](int64_t, int64_t) { ++count; });
+    if (count == 0) return 0;
     pages_ = scratch<kPages, const char*>(count);
     shares_ = scratch<kShares, Share>(threads_);
     for (int64_t thread = 0; thread < threads_; ++thread) shares_[thread] = {0, 0, 0, 0};

@@ -199,6 +199,8 @@ class Unfolding {
   const char* share(int64_t block, int64_t count, int64_t panel) const {
     return at_ + block * step_ + panel * (is_folded_ ? count * kBlockBytes : whole_);
   }
+  // Bytes from a panel's block to its next one.
+  int64_t step() const { return step_; }
   // Bytes of a panel's block, and from the next panel's share of so many to the one behind it.
   int64_t block_bytes() const { return is_folded_ ? kBlockBytes : kBlock * 2; }
   int64_t share_apart(int64_t bytes) const { return is_folded_ ? bytes : whole_; }

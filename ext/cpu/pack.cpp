@@ -93,13 +93,14 @@ void read_tiles(const Matrix& m, int64_t row, float scale, bool add_to, float* o
   }
 }
 
-// A column of the panel's blocks; place(k) is where the k-th input of a block lies.
+// A column of the panel's blocks, while those two further on are fetched; place(k) is where the
+// k-th input of a block lies.
 template <class Order, class Place>
 void read_folded(const Matrix& m, int64_t row, float scale, bool add_to, float* out,
                  const Place& place) {
   const Unfolding<Order> panel(m, {row / kPanel, 1});
   for (int64_t b = 0; b < blocks_of(m.in); ++b) {
-    const uint16_t* weights = panel.take({b, 1}, {0, 1}, 0).at;
+    const uint16_t* weights = panel.take({b, 1}, {0, 1}, 2 * panel.step()).at;
     for (int64_t k = b * kBlockInputs; k < std::min(m.in, (b + 1) * kBlockInputs); ++k) {
       const float value = scale * BFloat16::value(weights[place(k % kBlockInputs)]);
       out[k] = add_to ? out[k] + value : value;

@@ -68,24 +68,43 @@ inline void round_off(const float* x, int64_t left, uint16_t* to) {
   _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
 }
 
+// Writes the pieces of kDepth elements of a row, of which `left` count, `apart` elements from each
+// other.
+inline void cut_step(const Groups& groups, const float* elements, int64_t left, uint16_t* to,
+                     int64_t apart) {
+  if (groups.pieces == 1) {
+    round_off(elements, left, to);
+  } else {
+    cut(elements, left, to, apart);
+  }
+}
+
 // Writes the pieces of the i-th row.
 inline void cut_row(const Groups& groups, int64_t i, const float* row, int64_t width,
                     uint16_t* pieces) {
   const Rows group = groups.group(groups.with(i));
   const int64_t apart = group.count * kDepth;
   uint16_t* to = pieces + groups.size(group.first, width) + (i - group.first) * kDepth;
-  for (int64_t k = 0; k < width; k += kDepth, to += groups.pieces * apart) {
-    if (groups.pieces == 1) {
-      round_off(row + k, width - k, to);
-    } else {
-      cut(row + k, width - k, to, apart);
-    }
+  for (int64_t k = 0; k < width; k += kDepth, to += groups.pieces * apart)
+    cut_step(groups, row + k, width - k, to, apart);
+}
+
+// Writes the pieces of the elements [k, k + kDepth) of all rows, [rows][kDepth].
+inline void cut_column(const Groups& groups, int64_t k, const float* elements, int64_t width,
+                       uint16_t* pieces) {
+  for (int64_t g = 0; g < groups.count; ++g) {
+    const Rows group = groups.group(g);
+    const int64_t apart = group.count * kDepth, last = group.first + group.count;
+    uint16_t* to = pieces + groups.size(group.first, width) + k / kDepth * groups.pieces * apart;
+    for (int64_t i = group.first; i < std::min(last, groups.rows); ++i, to += kDepth)
+      cut_step(groups, elements + i * kDepth, width - k, to, apart);
   }
 }
 
 #else
 
 inline void cut_row(const Groups&, int64_t, const float*, int64_t, uint16_t*) {}
+inline void cut_column(const Groups&, int64_t, const float*, int64_t, uint16_t*) {}
 
 #endif
 

@@ -14,6 +14,12 @@ namespace blockllm {
 // A call; meanwhile the threads go on an errand, unless it is null.
 void project(Pool* pool, const ProjectCall& call, Errand* errand);
 
+// Runs the first of some calls that follow each other, so many that a thread can take a chunk of many
+// rows through all of them; returns how many, or 0 if that would be one. What a gate makes is not
+// written then, where the next call reads it: nobody else may.
+int64_t project_together(Pool* pool, const ProjectCall* const* calls, int64_t count,
+                         Errand* errand);
+
 // Tells the threads what each will read first of a call that comes before long.
 void foresee(Pool* pool, const ProjectCall& call);
 
@@ -23,6 +29,15 @@ constexpr int64_t kOneChunk = 96;
 
 // Of each of the call's rows.
 inline int64_t pieces_of(const ProjectCall& call) { return call.rounding != 0 ? 1 : kExactPieces; }
+
+inline bool has_segments(const LinearCall& linear) {
+  return linear.patch != nullptr && linear.patch->count > 0;
+}
+
+// Whether low-rank pieces lie upon some layer.
+inline bool is_patched(const ProjectCall& call) {
+  return std::any_of(call.linears, call.linears + call.count, has_segments);
+}
 
 struct Projection {
   const ProjectCall& call;

@@ -127,8 +127,9 @@ struct Rotary {
 };
 
 struct AttendCall {
-  const float *q, *k, *v;  // [rows, heads * dim], [rows, kv_heads * dim] twice
-  float* out;              // [rows, heads * dim]
+  const float* q;       // [rows, heads * dim]; null: keys and values are written, no more
+  const float *k, *v;   // [rows, kv_heads * dim]; null: they are written already
+  float* out;           // [rows, heads * dim]
   void* cache;             // [pages, 2, page, kv_heads, dim]
   Storage storage;         // of the cache: kF32 or kBF16
   int64_t heads, kv_heads, dim, page, layer;

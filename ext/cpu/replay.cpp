@@ -1,6 +1,7 @@
 // A step's operations once more, by the records of the first time. What comes next is known: the
 // threads fetch the beginnings of the next weights while they wait for each other, and the pages of
-// the next attention while they multiply many rows.
+// the next attention while they multiply many rows; of prompts, they take chunks of rows through
+// several projections.
 #include <unistd.h>
 
 #include "errand.h"
@@ -40,7 +41,11 @@ class Replay {
         attend = find(Operation::kAttend, i + 1);
         fetch_pages(i, attend);
       }
-      run(call_.calls[i]);
+      if (const int64_t together = project_from(i)) {
+        i += together - 1;
+      } else {
+        run(call_.calls[i]);
+      }
     }
   }
 
@@ -48,6 +53,17 @@ class Replay {
   int64_t find(Operation operation, int64_t from) const {
     while (from < call_.count && call_.calls[from].operation != operation) ++from;
     return from;
+  }
+
+  // Runs the projections from the i-th call on that can be run together; how many.
+  int64_t project_from(int64_t i) {
+    constexpr int64_t kMost = 8;  // between two attentions there are four at most
+    const ProjectCall* calls[kMost];
+    int64_t count = 0;
+    while (count < kMost && i + count < call_.count &&
+           (calls[count] = projection(call_.calls[i + count])) != nullptr)
+      ++count;
+    return count < 2 ? 0 : project_together(pool_, calls, count, &errand_);
   }
 
   // Fetches the pages of an attention, if there is one, during the projections before it.

@@ -19,6 +19,7 @@ enum Use {
   kRows,
   kPacked,
   kCut,
+  kThrough,
   kGroupSums,
   kShrunk,
   kShrunkStarts,

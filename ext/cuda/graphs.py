@@ -83,6 +83,8 @@ class Graphs:
     """Captured decode steps of one device; at most `capacity` of them are kept. See
     `ext.replays.Replays`."""
 
+    takes_prompts = False
+
     def __init__(self, device: torch.device, capacity: int = 64) -> None:
         self.device = device
         self._shelf: Shelf[_Key, _Captured] = Shelf(capacity)

@@ -254,23 +254,32 @@ class CudaOps(PlainOps):
 
     # ---- attention and what lies between the products -------------------------------------------
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, how: Attention, at: Place) -> Tensor:
+    def append(self, k: Tensor, v: Tensor, how: Attention, at: Place) -> None:
+        if len(k):
+            k, norm = self._own_norms(k, how.k_norm, at)
+            paged.append(None, (k, v), replace(how, k_norm=norm), at)
+
+    def attend(
+        self, q: Tensor, k: Tensor | None, v: Tensor | None, how: Attention, at: Place
+    ) -> Tensor:
         if len(q) == 0:
             return torch.empty(q.shape, dtype=at.cache.data.dtype, device=self.device)
-        if (how.q_norm and how.q_norm.rows) or (how.k_norm and how.k_norm.rows):
-            q, k, how = self._head_norms(q, k, how, at.cache.data.shape[4])
-        rows = paged.append(q, k, v, how, at)
+        q, q_norm = self._own_norms(q, how.q_norm, at)
+        kv, k_norm = None, None
+        if k is not None and v is not None:
+            k, k_norm = self._own_norms(k, how.k_norm, at)
+            kv = (k, v)
+        rows = paged.append(q, kv, replace(how, q_norm=q_norm, k_norm=k_norm), at)
         if self._flash is not None and self._flash.serves(shape_of(rows, how, at)):
             return self._flash.attend(rows, how, at)
         return paged.attend(rows, how, at, self._programs)
 
-    def _head_norms(
-        self, q: Tensor, k: Tensor, how: Attention, dim: int
-    ) -> tuple[Tensor, Tensor, Attention]:
-        """Norms of q and k that differ between rows, applied ahead of `append`."""
-        q = q if how.q_norm is None else self._head_norm(q, how.q_norm, dim)
-        k = k if how.k_norm is None else self._head_norm(k, how.k_norm, dim)
-        return q, k, replace(how, q_norm=None, k_norm=None)
+    def _own_norms(self, x: Tensor, norm: Norm | None, at: Place) -> tuple[Tensor, Norm | None]:
+        """Heads of q or k, and the norm that `append` applies: one that differs between rows is
+        applied ahead of it."""
+        if norm is None or not norm.rows:
+            return x, norm
+        return self._head_norm(x, norm, at.cache.data.shape[4]), None
 
     def _head_norm(self, x: Tensor, norm: Norm, dim: int) -> Tensor:
         heads = x.shape[1] // dim

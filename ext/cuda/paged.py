@@ -16,20 +16,25 @@ _FEWEST_ROWS = 16
 _CHUNK_ROWS = 64
 
 
-def append(q: Tensor, k: Tensor, v: Tensor, how: Attention, at: Place) -> Tensor:
-    """Norm and rotate q and k, write k and v to their pages; returns q in the cache's precision."""
+def append(q: Tensor | None, kv: tuple[Tensor, Tensor] | None, how: Attention, at: Place) -> Tensor:
+    """Norm and rotate q and k, write k and v to their pages, as far as there are such; returns q
+    in the cache's precision."""
     plan: CudaPlan = at.plan
     cache = at.cache.data
     kv_heads, dim = cache.shape[3:]
-    heads = q.shape[1] // dim
-    out = torch.empty(q.shape, dtype=cache.dtype, device=q.device)
+    heads = 0 if q is None else q.shape[1] // dim
+    # In place of what is not there something stands that is not read.
+    there = [x.contiguous() for x in (q, *(kv or ())) if x is not None]
+    q, k, v = there * 3 if kv is None else (there[0], *there[-2:])
+    out = torch.empty(q.shape, dtype=cache.dtype, device=cache.device)
     norm, other = how.q_norm, how.k_norm
     rotary = how.rotary
     table = plan.parts.tables[:, at.layer]
-    _kernels.append[(len(q), heads + 2 * kv_heads)](
-        q.contiguous(),
-        k.contiguous(),
-        v.contiguous(),
+    programs = heads + (0 if kv is None else 2 * kv_heads)
+    _kernels.append[(len(q), programs)](
+        q,
+        k,
+        v,
         out,
         cache,
         plan.parts.sequences,

@@ -118,6 +118,33 @@ def test_prefills_chunks_beside_decodes(ops: CpuOps, shape: Shape) -> None:
     assert_attends(ops, [1, 5, 130, 1, 8, 9], [33, 5, 130, 1, 140, 300], shape)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_last_rows_attend_once_the_keys_of_all_are_written(ops: CpuOps, shape: Shape) -> None:
+    new, contexts, wanted = [1, 5, 130, 9], [33, 5, 130, 300], [1, 1, 2, 9]
+    place = geometry(new, contexts, shape)
+    last = np.concatenate(
+        [np.arange(end - n, end) for end, n in zip(place.starts[1:], wanted, strict=True)]
+    )
+    narrow = Geometry(np.cumsum([0, *wanted]).astype("i4"), place.contexts, place.tables)
+    q = torch.randn(place.num_rows, shape.heads * shape.dim)
+    k, v = torch.randn(2, place.num_rows, shape.kv_heads * shape.dim)
+    norm = Norm("rms", 1e-6, torch.randn(shape.dim))
+    for which in (REFERENCE, ops):
+        turn = which.rotary([0.1] * (shape.dim // 2), 1.0, False, 300)
+        how = Attention(shape.dim**-0.5, turn, norm, norm, window=200)
+        whole = filled_cache(place, shape)
+        apart = Cache(whole.data.clone(), shape.page)
+        expected = which.attend(q, k, v, how, Place(whole, 1, which.plan(place)))
+        which.append(k, v, how, Place(apart, 1, which.plan(place)))
+        rows = torch.from_numpy(last)
+        got = which.attend(q[rows], None, None, how, Place(apart, 1, which.plan(narrow)))
+        assert torch.equal(apart.data.nan_to_num(), whole.data.nan_to_num())
+        if which is ops:
+            assert torch.equal(got, expected[rows])
+        else:
+            torch.testing.assert_close(got, expected[rows])
+
+
 def test_prefills_a_long_chunk(ops: CpuOps) -> None:
     assert_attends(ops, [300], [300], Shape(6, 2, 32))
     assert_attends(ops, [257], [1025], Shape(6, 2, 32))

@@ -1,4 +1,4 @@
-"""Decode steps as lists of native calls: a replay gives the very bits of the step unit by unit."""
+"""Steps as lists of native calls: a replay gives the very bits of the step unit by unit."""
 
 import gc
 from collections.abc import Sequence
@@ -79,11 +79,13 @@ def ops(request: pytest.FixtureRequest) -> CpuOps:
     return CpuOps(threads=2, rounding=request.param)
 
 
-def geometry(contexts: list[int]) -> Geometry:
+def geometry(contexts: list[int], new: list[int] | None = None) -> Geometry:
+    """Sequences with so many positions, of which so many are rows (one each)."""
     pages = max(contexts) // 16 + 1
     taken = np.arange(len(contexts) * LAYERS * pages, dtype=np.int32)
     tables = taken.reshape(len(contexts), LAYERS, pages) % PAGES
-    return Geometry(np.arange(len(contexts) + 1, dtype="i4"), np.array(contexts, "i4"), tables)
+    starts = np.cumsum([0, *(new or [1] * len(contexts))]).astype("i4")
+    return Geometry(starts, np.array(contexts, "i4"), tables)
 
 
 def nothing(layer: Layer) -> list[Patch | None]:
@@ -105,10 +107,15 @@ def adapters(layer: Layer, runs: list[tuple[int, int, int]]) -> list[Patch | Non
 
 
 def assert_replays(
-    recordings: Recordings, layer: Layer, contexts: list[int], patches: list[Patch | None]
+    recordings: Recordings,
+    layer: Layer,
+    contexts: list[int],
+    patches: list[Patch | None],
+    new: list[int] | None = None,
 ) -> None:
-    plan = layer.ops.plan(geometry(contexts))
-    x = random(len(contexts), HIDDEN)
+    place = geometry(contexts, new)
+    plan = layer.ops.plan(place)
+    x = random(place.num_rows, HIDDEN)
     before, expected = layer.cache.data.clone(), x.clone()
     layer.step(expected, plan, patches)
     pages = layer.cache.data.clone()
@@ -138,6 +145,30 @@ def test_so_do_rows_enough_to_fetch_pages_meanwhile(ops: CpuOps, fused: bool) ->
         for step in (1, 17):
             assert_replays(recordings, layer, [1 + step * i for i in range(30)], patches)
     assert counts(recordings) == (1, 5)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_recording_serves_fewer_rows_and_more(ops: CpuOps, fused: bool) -> None:
+    recordings, layer = Recordings(ops), Layer(ops, fused=fused)
+    for rows in (20, 17, 32, 25):
+        assert_replays(recordings, layer, [1 + 3 * i for i in range(rows)], nothing(layer))
+        assert_replays(recordings, layer, [5] * rows, adapters(layer, [(0, rows, 3)]))
+    assert counts(recordings) == (1, 7)
+
+
+# Together two threads have two chunks of rows, and more; pages do not suffice for other sequences.
+PROMPTS = [([150], [150]), ([140, 3, 9], [140, 3, 1]), ([300], [257]), ([290], [290])]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("bare", [True, False])
+def test_prompts_are_replayed_too(ops: CpuOps, fused: bool, bare: bool) -> None:
+    recordings, layer = Recordings(ops), Layer(ops, fused=fused)
+    for contexts, new in PROMPTS * 2:
+        rows = sum(new)
+        worn = nothing(layer) if bare else adapters(layer, [(3, rows, 5)])
+        assert_replays(recordings, layer, contexts, worn, new)
+    assert counts(recordings) == (2, 6)
 
 
 @pytest.mark.parametrize("fused", [False, True])

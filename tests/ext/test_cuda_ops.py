@@ -1,7 +1,7 @@
 """The CUDA kernels against plain torch: on a device where there is one, else in Triton's
 interpreter; float32 agrees to rounding, 16 bits to the precision of what is stored."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -130,6 +130,25 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_attends_in_decode_and_prefill(shape: Shape, dtype: torch.dtype) -> None:
     assert_attends([1, 5, 40, 1], [33, 5, 40, 1], shape, dtype)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_last_rows_attend_once_the_keys_of_all_are_written(*, own: bool) -> None:
+    shape, norm = Shape(4, 2, 24), head_norm("rms", own=own)
+    place = geometry([1, 5, 40], [33, 5, 60], shape)
+    narrow = Geometry(np.array([0, 1, 2, 4], "i4"), place.contexts, place.tables)
+    rows = [0, 5, 44, 45]
+    q, k, v = (on(46, heads * 24) for heads in (4, 2, 2))
+    ops = CudaOps(DEVICE)
+    whole = filled_cache(place, shape, torch.float32)
+    apart = Cache(whole.data.clone(), shape.page)
+    turn = ops.rotary([0.1] * 12, 1.0, False, 60)
+    how = Attention(0.2, turn, replace(norm, rows=()), norm)
+    expected = ops.attend(q, k, v, how, Place(whole, 1, ops.plan(place)))
+    ops.append(k, v, how, Place(apart, 1, ops.plan(place)))
+    got = ops.attend(q[rows], None, None, how, Place(apart, 1, ops.plan(narrow)))
+    assert torch.equal(apart.data.nan_to_num(), whole.data.nan_to_num())
+    assert_near(got, expected[rows], torch.float32)
 
 
 @pytest.mark.parametrize("programs", [1, 16, 200])

@@ -18,9 +18,9 @@ def chain(
     hidden: int = 8,
     tail: int | None = None,
 ):
-    """A chain of blocks (key, first, last); every other unit attends."""
+    """A chain of blocks (key, first, last); every other unit attends, but for the head."""
     units = blocks[-1][2]
-    layers = tuple((d + 1) // 2 for d in range(units + 1))
+    layers = tuple(min((d + 1) // 2, units // 2) for d in range(units + 1))
     return ServedChain(
         id=number,
         unit_digests=("u",) * units,
@@ -146,8 +146,10 @@ def test_an_entry_above_the_bottom_joins_the_rest_of_its_block():
     assert wave.stages[0].rows == slice(0, 1)
 
 
-# Units 4 and 5, the latter the head, see each row alone.
+# Units 4, which attends, and 5, the head, see of other rows keys and values alone; of the other
+# chain units 3 and 4 see each row alone.
 TAIL = chain(4, [(0, 0, 5), (3, 5, 6)], tail=4)
+LOW = chain(5, [(7, 0, 5)], tail=3)
 
 
 def stages_of(requests, **options):
@@ -162,8 +164,44 @@ def test_only_rows_whose_logits_are_wanted_reach_the_tail():
     whole, part = request(1, TAIL, 20, 0), request(2, TAIL, 100, 0)
     wave, stages = stages_of([request(3, TAIL, 9, 8), whole, part])
     assert [s.count for s in wave.steps] == [1, 20, 32]
-    assert stages == [(0, 4, slice(0, 53)), (4, 5, [0, 20]), (5, 6, [0, 20])]
-    assert [(c.id, a, b) for c, a, b in wave.stages[1].runs] == [(4, 0, 2)]
+    everything = slice(0, 53)
+    assert stages == [(0, 4, everything), (4, 4, everything), (4, 5, [0, 20]), (5, 6, [0, 20])]
+    assert [(s.writes, s.written) for s in wave.stages] == [
+        (False, False),
+        (True, False),
+        (False, True),
+        (False, False),
+    ]
+    assert [(s.steps, s.counts) for s in wave.stages[1:3]] == [
+        ((0, 1, 2), (1, 20, 32)),
+        ((0, 1), (1, 1)),
+    ]
+    assert [(c.id, a, b) for c, a, b in wave.stages[2].runs] == [(4, 0, 2)]
+
+
+def test_a_tail_that_attends_to_nothing_has_no_keys_to_write():
+    _, stages = stages_of([request(1, LOW, 9, 8), request(2, LOW, 20, 0)])
+    assert stages == [(0, 3, slice(0, 21)), (3, 4, [0, 20]), (4, 5, [0, 20])]
+
+
+def test_where_a_block_begins_with_attention_its_keys_are_of_that_block():
+    own = [chain(i, [(0, 0, 4), (i, 4, 5), (9, 5, 6)], tail=4) for i in (1, 2)]
+    wave = arrange(
+        decide(
+            [request(1, own[0], 20, 0), request(2, own[1], 9, 8)],
+            max_rows=64,
+            page=16,
+            now=0,
+            last_turn={},
+        )
+    )
+    assert [(s.block, s.first, s.last, s.counts, s.written) for s in wave.stages] == [
+        (0, 0, 4, (20, 1), False),
+        (1, 4, 4, (20,), False),
+        (1, 4, 5, (1,), True),
+        (2, 4, 5, (1,), False),
+        (9, 5, 6, (1, 1), False),
+    ]
 
 
 def test_all_rows_reach_the_tail_where_that_is_asked():
@@ -175,12 +213,13 @@ def test_logprobs_of_a_prompt_want_every_row_of_it():
     scored = request(1, TAIL, 20, 0)
     scored.sampling = Sampling(prompt_logprobs=0)
     _, stages = stages_of([request(2, TAIL, 30, 0), scored])
-    assert stages == [(0, 4, slice(0, 50)), (4, 5, slice(29, 50)), (5, 6, slice(29, 50))]
+    wanted = slice(29, 50)
+    assert stages == [(0, 4, slice(0, 50)), (4, 4, slice(0, 50)), (4, 5, wanted), (5, 6, wanted)]
 
 
 def test_a_chunk_inside_a_prompt_ends_below_the_tail():
     _, stages = stages_of([request(1, TAIL, 100, 0)])
-    assert stages == [(0, 4, slice(0, 64))]
+    assert stages == [(0, 4, slice(0, 64)), (4, 4, slice(0, 64))]
 
 
 def decoding(numbers):

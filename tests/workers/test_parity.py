@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from ext.build import supported
 from tests.workers.family_zoo import everything, wrong_tokens
 from tests.workers.local import LocalWorker
 
 OPS = ["torch", "native"]
+needs_kernels = pytest.mark.skipif(not supported(), reason="needs AVX2, FMA and F16C")
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3", "gpt2", "gpt_neox"]
 
 
@@ -82,6 +84,24 @@ def test_prompt_logprobs_equal_the_models(family):
     for i, given in enumerate(answer.logprobs, len(prompt) - 1):
         assert given.rank == 1
         assert given.logprob == pytest.approx(float(logs[i].max()), abs=1e-3)
+
+
+@needs_kernels
+def test_an_answer_is_the_same_whether_all_rows_pass_the_last_layer_or_those_wanted(family):
+    prompt = prompts(1, seed=4)[0] * 3
+    worker = LocalWorker(family.zoo, "native", max_rows=64, prefix_cache=False)
+    worker.load(*family.names)
+    for name in family.names:
+        answers = []
+        for options in ({"prompt_logprobs": 0}, {}):
+            beside = worker.open("base", prompt[:3], max_tokens=24)
+            worker.step()
+            answers.append(worker.open(name, prompt, max_tokens=8, logprobs=3, **options))
+            worker.run()
+            assert not beside.failed
+        assert not answers[0].failed, answers[0].failed
+        assert answers[0].tokens == answers[1].tokens
+        assert answers[0].logprobs == answers[1].logprobs
 
 
 def test_chunked_prefill_equals_one_step(family):

@@ -12,7 +12,7 @@ from workers.wire import Sampling
 
 PAGE = 16
 PAGE_BYTES = 2 * PAGE * KV.kv_heads * KV.head_dim * 4
-MODEL = chain(1, [(0, 0, 5)])
+MODEL = chain(1, [(0, 0, 7)])
 # Pages of so many columns, and less than a column more.
 COLUMNS, SPARE = 4, 2
 
