@@ -9,6 +9,7 @@
 
 #include "chunk.h"
 #include "dots.h"
+#include "pieces.h"
 #include "tile.h"
 
 namespace blockllm {
@@ -30,7 +31,7 @@ void for_groups(const Segment& s, const Rows& chunk, Body&& body) {
   }
 }
 
-// How dot products take inputs: kLanes floats at a time,
+// Rows as dot products take them: T::kInputs elements at a time, from float32,
 template <class T>
 struct ByFloats : T {
   static constexpr int64_t kInputs = kLanes;
@@ -40,9 +41,19 @@ struct ByFloats : T {
   static Vec add(Vec y, Vec x, Vec a) { return fma(x, a, y); }
 };
 
+// where R of them lie one behind the other,
+template <class T, int R>
+struct Apart {
+  const float* x;
+  int64_t width;
+
+  auto inputs(int r, int64_t k) const { return T::inputs(x + r * width + k); }
+  float input(int r, int64_t k) const { return T::input(x[r * width + k]); }
+};
+
 #if defined(__AVX512BF16__)
 
-// or in pairs, rounded to bfloat16.
+// or in pairs, rounded to bfloat16,
 struct ByPairs : BFloat16 {
   static constexpr int64_t kInputs = 2 * kLanes;
   static float input(float x) {
@@ -57,12 +68,31 @@ struct ByPairs : BFloat16 {
   static Vec add(Vec y, __m512bh x, __m512bh a) { return _mm512_dpbf16_ps(y, x, a); }
 };
 
+// or rounded before, in one piece (pieces.h).
+template <int R>
+struct AsCut {
+  const uint16_t* at[R];
+  int64_t apart[R];  // elements, from step to step
+
+  AsCut(const Groups& groups, const uint16_t* pieces, int64_t first, int64_t width) {
+    for (int r = 0; r < R; ++r) {
+      const Rows group = groups.group(groups.with(first + r));
+      at[r] = pieces + groups.size(group.first, width) + (first + r - group.first) * kDepth;
+      apart[r] = group.count * kDepth;
+    }
+  }
+  __m512bh inputs(int r, int64_t k) const { return pairs(at[r] + k / kDepth * apart[r]); }
+  float input(int r, int64_t k) const {
+    return BFloat16::value(at[r][k / kDepth * apart[r] + k % kDepth]);
+  }
+};
+
 #endif
 
 // Dot products of R rows of x with J rows of A: out[j * stride + r]. Meanwhile what lies at `soon`
 // is fetched, as much as is read of A.
-template <class T, int R, int J>
-void shrink_tile(const float* x, const typename T::Element* a, const typename T::Element* soon,
+template <class T, int R, int J, class Rows>
+void shrink_tile(const Rows& x, const typename T::Element* a, const typename T::Element* soon,
                  int64_t width, float scale, float* out, int64_t stride) {
   constexpr int kSums = (R * J + 3) / 4 * 4;
   Vec total[kSums];
@@ -70,9 +100,9 @@ void shrink_tile(const float* x, const typename T::Element* a, const typename T:
   for (int i = 0; i < kSums; ++i) total[i] = zero();
   int64_t k = 0;
   for (; k + T::kInputs <= width; k += T::kInputs) {
-    decltype(T::inputs(x)) row[R];
+    decltype(x.inputs(0, 0)) row[R];
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) row[r] = T::inputs(x + r * width + k);
+    for (int r = 0; r < R; ++r) row[r] = x.inputs(r, k);
 #pragma GCC unroll 4
     for (int j = 0; j < J; ++j) {
       _mm_prefetch(reinterpret_cast<const char*>(soon + j * width + k), _MM_HINT_T0);
@@ -88,8 +118,7 @@ void shrink_tile(const float* x, const typename T::Element* a, const typename T:
   for (int j = 0; j < J; ++j) {
     for (int r = 0; r < R; ++r) {
       float value = values[j * R + r];
-      for (int64_t t = k; t < width; ++t)
-        value += T::input(x[r * width + t]) * T::value(a[j * width + t]);
+      for (int64_t t = k; t < width; ++t) value += x.input(r, t) * T::value(a[j * width + t]);
       out[j * stride + r] = scale * value;
     }
   }
@@ -109,8 +138,8 @@ struct Shrink {
   }
 };
 
-template <class T, int R>
-void shrink_rows(const Shrink& s, const float* x, int64_t width, float scale, float* out) {
+template <class T, int R, class Rows>
+void shrink_rows(const Shrink& s, const Rows& x, int64_t width, float scale, float* out) {
   using Element = typename T::Element;
   const auto* a = static_cast<const Element*>(s.factors(width));
   const auto* next = static_cast<const Element*>(s.next);
@@ -126,9 +155,9 @@ void shrink_rows(const Shrink& s, const float* x, int64_t width, float scale, fl
     shrink_tile<T, R, 1>(x, a + j * width, next, width, scale, out + j * stride, stride);
 }
 
-// shrunk[j][i] = scale * <x[i], A[j]>, by dot products of T.
-template <class T>
-void shrink_by(const Shrink& s, const float* rows, int64_t width) {
+// shrunk[j][i] = scale * <x[i], A[j]>, by dot products of T; of(first row, how many) are rows.
+template <class T, class Of>
+void shrink_by(const Shrink& s, int64_t width, const Of& of) {
   const Segment& segment = *s.segment;
   const Rows& group = s.group;
   const auto scale = static_cast<float>(segment.scale);
@@ -137,9 +166,9 @@ void shrink_by(const Shrink& s, const float* rows, int64_t width) {
   const int64_t parts = ceil_div(group.count, kShrinkRows);
   for (int64_t i = 0; i < parts; ++i) {
     const Rows some = part(group.count, parts, i);
-    const float* x = rows + (group.first + some.first) * width;
     const auto tiles = [&](auto count) {
-      shrink_rows<T, decltype(count)::value>(s, x, width, scale, out + some.first);
+      shrink_rows<T, decltype(count)::value>(s, of(group.first + some.first, count), width, scale,
+                                             out + some.first);
     };
     switch (some.count) {
       case 1:
@@ -157,14 +186,32 @@ void shrink_by(const Shrink& s, const float* rows, int64_t width) {
   }
 }
 
+template <class T>
+void shrink_floats(const Shrink& s, const float* rows, int64_t width) {
+  shrink_by<T>(s, width, [&](int64_t first, auto count) {
+    return Apart<T, decltype(count)::value>{rows + first * width, width};
+  });
+}
+
 // The same as A is stored; where rounding is allowed, rows may be rounded to bfloat16.
 inline void shrink(const Shrink& s, const float* rows, int64_t width, bool rounding) {
 #if defined(__AVX512BF16__)
   if (rounding && s.segment->a_storage == Storage::kBF16)
-    return shrink_by<ByPairs>(s, rows, width);
+    return shrink_floats<ByPairs>(s, rows, width);
 #endif
   with_storage(s.segment->a_storage,
-               [&](auto type) { shrink_by<ByFloats<decltype(type)>>(s, rows, width); });
+               [&](auto type) { shrink_floats<ByFloats<decltype(type)>>(s, rows, width); });
+}
+
+// The same bits, of rows that were rounded to one piece each: a chunk's, the first of which is
+// `first`. A is of bfloat16.
+inline void shrink_cut(const Shrink& s, const Groups& groups, const uint16_t* pieces, int64_t first,
+                       int64_t width) {
+#if defined(__AVX512BF16__)
+  shrink_by<ByPairs>(s, width, [&](int64_t row, auto count) {
+    return AsCut<decltype(count)::value>(groups, pieces, row - first, width);
+  });
+#endif
 }
 
 // What `expand` will read of a segment's B for some panels.

@@ -7,11 +7,11 @@
 #include "cutting.h"
 #include "exports.h"
 #include "jobs.h"
+#include "shrinking.h"
 
 namespace blockllm {
 namespace {
 
-constexpr int64_t kRanksPerTask = 32;
 // Where tasks pack their chunks: so many per thread, of which several may pack the same one.
 constexpr int64_t kTasksPerThread = 8;
 constexpr int64_t kTileTasksPerThread = 4;
@@ -25,45 +25,19 @@ float* room_for_sums(const ProjectCall& call) {
   return nullptr;
 }
 
-// Calls body for every task of the shrinking job, chunk by chunk: the rows that a thread reads for
-// one linear layer are near for the next. The shrunk rows of each layer begin at `starts`.
-template <class Body>
-void for_shrinks(const Projection& p, float* const* starts, Body&& body) {
-  for (int64_t c = 0; c < p.chunks; ++c) {
-    const Rows chunk = p.chunk(c);
-    for (int64_t i = 0; i < p.call.count; ++i) {
-      const Patch* patch = p.call.linears[i].patch;
-      for (int64_t n = 0; patch != nullptr && n < patch->count; ++n) {
-        const Segment& s = patch->segments()[n];
-        const int64_t parts = ceil_div(s.rank, kRanksPerTask);
-        for_groups(s, chunk, [&](const Rows& group) {
-          for (int64_t j = 0; j < parts; ++j)
-            body(Shrink{&s, group, part(s.rank, parts, j), starts[i], nullptr});
-        });
-      }
-    }
-  }
-}
-
 // Shrinks the rows of every patched segment; returns where each linear layer's shrunk rows begin.
 const float* const* shrink_all(Pool* pool, const Projection& p) {
-  int64_t floats = 0, tasks = 0;
-  for (int64_t i = 0; i < p.call.count; ++i) {
-    const Patch* patch = p.call.linears[i].patch;
-    floats += patch == nullptr ? 0 : patch->shrunk_floats;
-  }
+  const int64_t floats = shrunk_floats(p.call);
   if (floats == 0) return nullptr;
-  float* shrunk = scratch<kShrunk>(floats);
-  auto** starts = scratch<kShrunkStarts, float*>(p.call.count);
-  float* start = shrunk;
-  for (int64_t i = 0; i < p.call.count; ++i) {
-    const Patch* patch = p.call.linears[i].patch;
-    starts[i] = start;
-    start += patch == nullptr ? 0 : patch->shrunk_floats;
-  }
-  for_shrinks(p, starts, [&](const Shrink&) { ++tasks; });
+  float* const* starts = lay_shrunk(p.call, scratch<kShrunk>(floats),
+                                    scratch<kShrunkStarts, float*>(p.call.count));
+  int64_t tasks = 0;
+  const auto each = [&](auto&& body) {
+    for (int64_t c = 0; c < p.chunks; ++c) for_shrinks(p.call, p.chunk(c), starts, body);
+  };
+  each([&](const Shrink&) { ++tasks; });
   auto* list = scratch<kShrinkTasks, Shrink>(tasks);
-  for_shrinks(p, starts, [&, n = int64_t{0}](const Shrink& task) mutable { list[n++] = task; });
+  each([&, n = int64_t{0}](const Shrink& task) mutable { list[n++] = task; });
   for (int64_t i = 0; i < tasks; ++i)
     list[i].next = list[std::min(i + 1, tasks - 1)].factors(p.call.width);
   pool->run(tasks, [&](int64_t i) {

@@ -14,6 +14,9 @@ namespace blockllm {
 // A call; meanwhile the threads go on an errand, unless it is null.
 void project(Pool* pool, const ProjectCall& call, Errand* errand);
 
+// As many projections as there can be between two attentions.
+constexpr int64_t kMostTogether = 4;
+
 // Runs the first of some calls that follow each other, so many that a thread can take a chunk of many
 // rows through all of them; returns how many, or 0 if that would be one. What a gate makes is not
 // written then, where the next call reads it: nobody else may.

@@ -57,10 +57,9 @@ class Replay {
 
   // Runs the projections from the i-th call on that can be run together; how many.
   int64_t project_from(int64_t i) {
-    constexpr int64_t kMost = 8;  // between two attentions there are four at most
-    const ProjectCall* calls[kMost];
+    const ProjectCall* calls[kMostTogether];
     int64_t count = 0;
-    while (count < kMost && i + count < call_.count &&
+    while (count < kMostTogether && i + count < call_.count &&
            (calls[count] = projection(call_.calls[i + count])) != nullptr)
       ++count;
     return count < 2 ? 0 : project_together(pool_, calls, count, &errand_);

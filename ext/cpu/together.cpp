@@ -2,14 +2,25 @@
 // of them, waits for nobody, and finds what it has made in its own caches.
 #include "cutting.h"
 #include "jobs.h"
+#include "shrinking.h"
 
 namespace blockllm {
 namespace {
 
+// Whether low-rank pieces upon a call's layers, if any, are of bfloat16, and its rows one piece.
+bool shrinks_as_cut(const ProjectCall& call) {
+  for (int64_t i = 0; i < call.count; ++i) {
+    const Patch* patch = call.linears[i].patch;
+    for (int64_t n = 0; patch != nullptr && n < patch->count; ++n)
+      if (patch->segments()[n].a_storage != Storage::kBF16 || call.rounding == 0) return false;
+  }
+  return true;
+}
+
 // Whether a thread can take its chunks of rows through a call as through the first one.
 bool goes_along(const ProjectCall& first, const ProjectCall& call, int64_t threads) {
   const Projection p = projection_of(call, threads);
-  return !p.has_panels && !is_patched(call) && call.rows == first.rows && p.chunks > 1 &&
+  return !p.has_panels && shrinks_as_cut(call) && call.rows == first.rows && p.chunks > 1 &&
          p.chunks % threads == 0 && p.chunks == projection_of(first, threads).chunks;
 }
 
@@ -25,6 +36,41 @@ Chunk cut_chunk(const Projection& p, int64_t i, const uint16_t* pieces) {
   return {rows, nullptr, {Groups(rows.count, p.pieces()), pieces}};
 }
 
+// Where the shrunk rows of each layer of some calls go; null for calls without low-rank pieces.
+struct AllShrunk {
+  float* const* starts[kMostTogether] = {};
+
+  AllShrunk(const ProjectCall* const* calls, int64_t count) {
+    int64_t floats = 0, layers = 0;
+    for (int64_t c = 0; c < count; ++c) {
+      floats += shrunk_floats(*calls[c]);
+      layers += calls[c]->count;
+    }
+    if (floats == 0) return;
+    float* next = scratch<kShrunk>(floats);
+    float** places = scratch<kShrunkStarts, float*>(layers);
+    for (int64_t c = 0; c < count; ++c, places += calls[c - 1]->count) {
+      const int64_t own = shrunk_floats(*calls[c]);
+      if (own > 0) starts[c] = lay_shrunk(*calls[c], next, places);
+      next += own;
+    }
+  }
+};
+
+// Shrinks a chunk's rows, which are cut, for the low-rank pieces upon them.
+void shrink_chunk(const ProjectCall& call, const Chunk& chunk, float* const* starts) {
+  Shrink last = {};
+  const auto run = [&](const void* next) {
+    last.next = next;
+    shrink_cut(last, chunk.cut.groups, chunk.cut.pieces, chunk.rows.first, call.width);
+  };
+  for_shrinks(call, chunk.rows, starts, [&](const Shrink& task) {
+    if (last.segment != nullptr) run(task.factors(call.width));
+    last = task;
+  });
+  if (last.segment != nullptr) run(last.factors(call.width));
+}
+
 }  // namespace
 }  // namespace blockllm
 
@@ -34,16 +80,21 @@ int64_t blockllm::project_together(Pool* pool, const ProjectCall* const* calls, 
                                    Errand* errand) {
   const int64_t threads = pool->threads();
   int64_t together = 0;
-  while (together < count && goes_along(*calls[0], *calls[together], threads)) ++together;
+  while (together < std::min(count, kMostTogether) &&
+         goes_along(*calls[0], *calls[together], threads))
+    ++together;
   if (together < 2) return 0;
+  const AllShrunk shrunk(calls, together);
   pool->run(projection_of(*calls[0], threads).chunks, [&](int64_t i) {
     uint16_t* through = nullptr;
     for (int64_t c = 0; c < together; ++c) {
       const ProjectCall& call = *calls[c];
       Projection p = projection_of(call, threads);
       p.errand = errand;
+      p.shrunk = shrunk.starts[c];
       const Chunk chunk =
           through == nullptr ? own_chunk(p, number_of_call(), i) : cut_chunk(p, i, through);
+      if (p.shrunk != nullptr) shrink_chunk(call, chunk, shrunk.starts[c]);
       through = nullptr;
       if (c + 1 < together && reads_gated(call, *calls[c + 1]))
         through = scratch<kThrough, uint16_t>(chunk.cut.groups.size(calls[c + 1]->width));

@@ -94,12 +94,14 @@ def nothing(layer: Layer) -> list[Patch | None]:
 
 def adapters(layer: Layer, runs: list[tuple[int, int, int]]) -> list[Patch | None]:
     """On every other linear: low-rank pieces for rows [first, last), of a rank each, and gains."""
-    patches = nothing(layer)
+    patches, factor = nothing(layer), layer.ops.factor
     for i in range(0, len(patches), 2):
         matrix = layer.linears[i].weight
         out, width = matrix.out_features, matrix.in_features
         segments = tuple(
-            LoraSegment(first, last, random(rank, width), random(out, rank) / 9, 0.5)
+            LoraSegment(
+                first, last, factor(random(rank, width)), factor(random(out, rank) / 9), 0.5
+            )
             for first, last, rank in runs
         )
         patches[i] = Patch(segments, tuple(Finish(a, b, random(out)) for a, b, _ in runs))
@@ -166,7 +168,8 @@ def test_prompts_are_replayed_too(ops: CpuOps, fused: bool, bare: bool) -> None:
     recordings, layer = Recordings(ops), Layer(ops, fused=fused)
     for contexts, new in PROMPTS * 2:
         rows = sum(new)
-        worn = nothing(layer) if bare else adapters(layer, [(3, rows, 5)])
+        runs = [(3, 90, 5), (90, 91, 40), (100, rows, 8)]
+        worn = nothing(layer) if bare else adapters(layer, runs)
         assert_replays(recordings, layer, contexts, worn, new)
     assert counts(recordings) == (2, 6)
 
