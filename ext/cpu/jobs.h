@@ -7,9 +7,10 @@
 namespace blockllm {
 
 // Rows of a chunk for tiles: as many as the second-level cache holds beside their sums, and so few
-// that each thread has its own.
+// that each thread has its own; but fewer than kManyRows only if all have, since every chunk unfolds
+// the weights again.
 constexpr int64_t kCutBytes = 1 << 20;
-constexpr int64_t kFewestRows = 32, kMostRows = 256;
+constexpr int64_t kFewestRows = 32, kOwnRows = 64, kManyRows = 128, kMostRows = 256;
 
 inline int64_t chunks_of(const ProjectCall& call, bool has_tiles, int64_t threads) {
   const int64_t rows = call.rows;
@@ -17,7 +18,8 @@ inline int64_t chunks_of(const ProjectCall& call, bool has_tiles, int64_t thread
     const int64_t chunks = rows <= kOneChunk ? 1 : ceil_div(rows, kChunk);
     return chunks < threads ? chunks : ceil_div(chunks, threads) * threads;  // as many for each
   }
-  const int64_t most = std::clamp(ceil_div(rows, threads), kMostRows / 2, kMostRows);
+  const int64_t least = rows >= threads * kOwnRows ? kOwnRows : kManyRows;
+  const int64_t most = std::clamp(ceil_div(rows, threads), least, kMostRows);
   const int64_t row_bytes = Groups(1, pieces_of(call)).size(call.width) * 2;
   return ceil_div(rows, std::clamp(kCutBytes / row_bytes / 32 * 32, kFewestRows, most));
 }
