@@ -268,6 +268,8 @@ class CpuOps:
     def attend(
         self, q: Tensor, k: Tensor | None, v: Tensor | None, how: Attention, at: Place
     ) -> Tensor:
+        if self._tape is not None:
+            self._tape.attends()
         out = self._empty(*q.shape)
         if len(q):
             self._attend(q, k, v, out, how, at)

@@ -161,6 +161,8 @@ def check_attention(
     plan, rotary, pages = at.plan, how.rotary, at.cache.data
     kv_heads, dim = pages.shape[3:]
     rows = plan.num_rows
+    if (k is None) != (v is None):
+        raise ValueError("keys come with values")
     fits = q is None or (len(q) == rows and q.shape[1] % dim == 0 == q.shape[1] // dim % kv_heads)
     if not fits or any(x is not None and x.shape != (rows, kv_heads * dim) for x in (k, v)):
         q_shape, k_shape, v_shape = (x if x is None else tuple(x.shape) for x in (q, k, v))

@@ -292,7 +292,8 @@ class Ops(Protocol):
         patches: Sequence[Patch | None],
         kind: Activation,
     ) -> Tensor:
-        """act(gate) * up for linears (gate, up), as project and activate would give it."""
+        """act(gate) * up for linears (gate, up), as project and activate would give it. In a step
+        that is replayed the next operation alone may read it: it may never be written."""
         ...
 
     def append(self, k: Tensor, v: Tensor, how: Attention, at: Place) -> None:

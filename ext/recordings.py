@@ -45,6 +45,7 @@ class _Recorded:
             for slot in (tape.slots.get(id(patch)) for patch in patches)
         ]
         self._loaded: Sequence[Patch | None] | None = None
+        self._least = 0  # rows that these want
         # The counts that grow with the rows: where they stand, and how much there is of a row.
         fields = [
             (end + native.COUNTS[operation]) // 8
@@ -63,18 +64,21 @@ class _Recorded:
 
     def load(self, patches: Sequence[Patch | None], rows: int, ops: CpuOps) -> None:
         """Let there be so many rows, and the linears have these patches."""
+        if rows != self._rows:
+            self._numbers[self._fields] = self._of_a_row * rows
+            self._rows = rows
         # A caller keeps its patches while the same rows decode.
-        if patches is self._loaded and rows == self._rows:
+        if patches is self._loaded and rows >= self._least:
             return
         self._loaded = None
-        self._numbers[self._fields] = self._of_a_row * rows
-        self._rows = rows
         for slot, patch in zip(self._slots, patches, strict=True):
             if slot is not None:
                 offset, matrix = slot
                 address = patch_address(patch, rows, matrix, ops.packing)
                 native.POINTER.pack_into(self._records.data, offset, address)
         self._loaded = patches
+        prepared = (patch.prepared for patch in patches if patch is not None)
+        self._least = max((one.rows for one in prepared if one is not None), default=0)
 
     def forget(self) -> None:
         """Let go of the attachments that were loaded last."""

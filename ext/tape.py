@@ -47,13 +47,15 @@ class Slot:
 
 
 class Tape:
-    """What a step calls, in order; its results have memory for `most` rows. `slots` are by the `id`
-    of the patches it was given; `layers` and `positions` bound the batches that its attention can
-    serve."""
+    """What a step calls, in order; its results have memory for `most` rows. Those between two
+    attentions have each their own, since the calls that follow each other there may be run by some
+    rows at a time. `slots` are by the `id` of the patches it was given; `layers` and `positions`
+    bound the batches that its attention can serve."""
 
     def __init__(self, workspace: Workspace, most: int) -> None:
         self._workspace = workspace
         self._most = most
+        self._held: list[Tensor] = []
         self.calls: list[tuple[native.Replayable, bytes]] = []
         self.slots: dict[int, Slot] = {}
         self.layers = 0
@@ -61,7 +63,13 @@ class Tape:
 
     def empty(self, rows: int, *shape: int) -> Tensor:
         """Memory for a result."""
-        return self._workspace.empty(self._most, *shape)[:rows]
+        memory = self._workspace.empty(self._most, *shape)
+        self._held.append(memory)
+        return memory[:rows]
+
+    def attends(self) -> None:
+        """Know that attention comes next."""
+        self._held.clear()
 
     def note(self, operation: native.Replayable, record: bytes) -> None:
         """Take in a call."""

@@ -228,7 +228,7 @@ class Offline:
 
         for batch in batches:
             requests = [self._request(model, tokens, _EVERY_POSITION) for tokens in batch]
-            self._drive(requests, run, cuts)
+            self._drive(requests, run, cuts, whole=True)
         heard = listener.moments()
         return {place: heard[id(m)] for place, m in matrices.items() if id(m) in heard}
 
@@ -294,16 +294,22 @@ class Offline:
         )
 
     def _drive(
-        self, opened: Sequence[Request], run: Callable[[Wave], None], cuts: Sequence[int] = ()
+        self,
+        opened: Sequence[Request],
+        run: Callable[[Wave], None],
+        cuts: Sequence[int] = (),
+        *,
+        whole: bool = False,
     ) -> None:
-        """Run waves until every request has ended; none is left behind whatever happens."""
+        """Run waves until every request has ended; none is left behind whatever happens. If
+        `whole`, soft prompts, too, pass every layer."""
         requests = self._requests
         try:
             for request in opened:
                 requests.open(request)
             while steps := self._decide():
                 with torch.inference_mode():
-                    run(arrange(steps, cuts))
+                    run(arrange(steps, cuts, whole=whole))
                 for step in steps:
                     requests.advance(step.request, step.span, step.count)
                     if step.request.computed == step.request.length:

@@ -254,8 +254,7 @@ class Runner:
         replays = self._replays
         if replays is None or not passage.replayable or stage.written:
             return False
-        steps = [running.wave.steps[i] for i in stage.steps]
-        if not replays.takes_prompts and any(s.count > 1 + s.guesses for s in steps):
+        if not replays.takes_prompts and max(stage.counts) > 1:
             return False
         cache = running.cache
         return replays.run(
@@ -335,8 +334,7 @@ class Runner:
         if first_piece:
             count.runs += 1
             count.rows += sum(last - first for _, first, last in stage.runs)
-            # Of the tail, no more than there are rows.
-            count.sequences += min(len(stage.steps), sum(b - a for _, a, b in stage.runs))
+            count.sequences += len(stage.steps)
             count.merged += len(stage.runs) > 1
 
     # ---- pages ----------------------------------------------------------------------------------

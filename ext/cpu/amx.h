@@ -55,6 +55,7 @@ void begin_sums(const TileRun& run, int64_t second) {
 // One group, or a pair of them.
 template <int PIECES, bool PAIR>
 void multiply_groups_of(const TileRun& run) {
+  std::atomic_signal_fence(std::memory_order_seq_cst);  // what was stored is there to be loaded
   const int64_t second_sums = run.height * kPanel, tile = run.height * kDepth;
   begin_sums<PAIR>(run, second_sums);
   const uint16_t *first = run.rows, *second = run.rows + run.apart, *weights = run.weights;

@@ -14,7 +14,7 @@ namespace blockllm {
 // A call; meanwhile the threads go on an errand, unless it is null.
 void project(Pool* pool, const ProjectCall& call, Errand* errand);
 
-// As many projections as there can be between two attentions.
+// As many projections as there are between two attentions, where MLPs alternate with them.
 constexpr int64_t kMostTogether = 4;
 
 // Runs the first of some calls that follow each other, so many that a thread can take a chunk of many

@@ -1,18 +1,20 @@
 """Steps as lists of native calls: a replay gives the very bits of the step unit by unit."""
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from ext import native
 from ext.build import supported
 from ext.cpu import CpuOps
 from ext.ops import Attention, Cache, Finish, Geometry, Linear, LoraSegment, Norm, Patch, Place
 from ext.plan import CpuPlan
 from ext.recordings import Recordings
+from ext.tape import Workspace
 
 pytestmark = pytest.mark.skipif(not supported(), reason="needs AVX2, FMA and F16C")
 
@@ -72,6 +74,48 @@ class Layer:
             return
         (added,) = self.ops.project(y, None, [linear], [patch])
         self.ops.add_norm(x, added, norm)
+
+
+class Plain(Layer):
+    """Q, k and v together, and an MLP without a gate: nothing is normed behind the halves."""
+
+    def __init__(self, ops: CpuOps) -> None:
+        super().__init__(ops, fused=True)
+        self.inner = [self.linear(4 * HIDDEN, HIDDEN)]
+        self.down = self.linear(HIDDEN, 4 * HIDDEN)
+
+    def step(self, x: Tensor, plan: CpuPlan, patches: Sequence[Patch | None]) -> None:
+        ops, (on_inputs, on_output, on_inner, on_down) = self.ops, patches
+        (both,) = ops.project(x, self.norms[0], self.inputs, [on_inputs])
+        q, k, v = ops.split(both, KV_HEADS, (WIDTH // KV_HEADS, DIM, DIM))
+        y = ops.attend(q, k, v, self.how, Place(self.cache, 1, plan))
+        ops.accumulate(x, y, self.output, on_output)
+        (up,) = ops.project(x, self.norms[2], self.inner, [on_inner])
+        ops.accumulate(x, ops.activate(None, up, "gelu"), self.down, on_down)
+
+
+class Stack(Layer):
+    """Layers on top of each other, with pages of the first."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.ops, self.layers, self.cache = layers[0].ops, layers, layers[0].cache
+        for layer in layers:
+            layer.cache = self.cache
+
+    @property
+    def linears(self) -> list[Linear]:
+        return [linear for layer in self.layers for linear in layer.linears]
+
+    def step(self, x: Tensor, plan: CpuPlan, patches: Sequence[Patch | None]) -> None:
+        at = 0
+        for layer in self.layers:
+            end = at + len(layer.linears)
+            layer.step(x, plan, patches[at:end])
+            at = end
+
+
+def stack(ops: CpuOps, kind: str) -> Stack:
+    return Stack([Plain(ops) if kind == "plain" else Layer(ops, fused=False) for _ in range(3)])
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["exact", "rounding"])
@@ -172,6 +216,48 @@ def test_prompts_are_replayed_too(ops: CpuOps, fused: bool, bare: bool) -> None:
         worn = nothing(layer) if bare else adapters(layer, runs)
         assert_replays(recordings, layer, contexts, worn, new)
     assert counts(recordings) == (2, 6)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("bare", [True, False])
+@pytest.mark.parametrize("kind", ["gated", "plain"])
+def test_rows_pass_several_layers(kind: str, bare: bool, threads: int) -> None:
+    ops = CpuOps(threads=threads, rounding=True)
+    recordings, layers = Recordings(ops), stack(ops, kind)
+    for contexts, new in PROMPTS * 2:
+        runs = [(0, sum(new) - 1, 7)]
+        worn = nothing(layers) if bare else adapters(layers, runs)
+        assert_replays(recordings, layers, contexts, worn, new)
+
+
+@pytest.mark.parametrize("kind", ["gated", "plain"])
+def test_no_result_between_two_attentions_lies_where_another_is_read(kind: str) -> None:
+    ops = CpuOps(threads=2, rounding=True)
+    layers, x = stack(ops, kind), random(300, HIDDEN)
+    with ops.taped(Workspace(), 512) as tape:
+        layers.step(x, ops.plan(geometry([300], [300])), nothing(layers))
+    assert [name for name, _ in tape.calls].count("attend") == 3
+    used: set[int] = set()
+    for name, record in tape.calls:
+        if name == "attend":
+            used.clear()
+        for source, targets in places(name, record):
+            used.add(source)
+            for target in targets - {x.data_ptr()}:
+                assert target not in used
+                used.add(target)
+
+
+def places(name: str, record: bytes) -> Iterator[tuple[int, set[int]]]:
+    """What a call reads, and what it writes."""
+    words = np.frombuffer(record, np.uint64).tolist()
+    if name == "project":
+        head = native.PROJECT[0].size // 8
+        yield words[0], {out for out in words[head + 2 :: 4] if out}
+    if name == "activate":
+        yield words[1], {words[2]}
+    if name == "split":
+        yield words[0], set(words[native.SPLIT.size // 8 :: 2])
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -54,9 +54,10 @@ def test_pages_hold_what_layers_multiply_unless_told(family, settings, pages):
     assert hello.dtype == settings["dtype"].replace("auto", "float32")
 
 
+@pytest.mark.parametrize("length", [90, 230])
 @pytest.mark.parametrize("name", ["base", "last", "lora"])
-def test_an_answer_does_not_depend_on_batch_or_chunks(family, name):
-    prompt = tokens(90, seed=2)
+def test_an_answer_does_not_depend_on_batch_or_chunks(family, name, length):
+    prompt = tokens(length, seed=2)
     alone = worker_of(family, "bfloat16")
     whole = alone.open(name, prompt, max_tokens=12, logprobs=0)
     alone.run()
