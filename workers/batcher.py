@@ -19,6 +19,7 @@ from workers.wire import RequestId
 AGE_S = 5.0
 Group = tuple[object, ...]
 Piece = tuple[int, int, int]
+Members = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,11 @@ class Stage:
     rows: slice | np.ndarray
     runs: tuple[tuple[ServedChain, int, int], ...]
     written: bool = False
+
+    @property
+    def members(self) -> Members:
+        """Its steps, and how many rows of each."""
+        return self.steps, self.counts
 
     @property
     def writes(self) -> bool:
@@ -286,8 +292,8 @@ def _stage(piece: Piece, runs: list[tuple[int, int]], wave: Wave, *, whole: bool
     row = 0
     for first, last in runs:
         chain = wave.steps[first].request.chain
-        narrow = first_unit >= (len(chain.units) - 1 if whole else chain.tail)
-        narrow = narrow and first_unit < last_unit
+        above = first_unit >= (len(chain.units) - 1 if whole else chain.tail)
+        narrow = above and first_unit < last_unit
         before = row
         for i in range(first, last):
             begin, own = int(wave.starts[i]), wave.wanted[i]

@@ -7,7 +7,6 @@ import hashlib
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from ext.ops import Cache, Geometry, Ops, Plan
 from ext.replays import Replays
 from workers import layers, vocabulary
 from workers.attachments import Attachments, Rows
-from workers.batcher import Stage, Step, Wave
+from workers.batcher import Members, Stage, Step, Wave
 from workers.block import HeadUnit, ResidentUnit
 from workers.caches import Caches
 from workers.chains import ServedChain
@@ -28,8 +27,6 @@ from workers.requests import Request, Requests
 from workers.wire import BlockReport, ChainId
 
 _KEPT_PASSAGES = 1024
-# Steps of a wave, and how many rows of each.
-Members: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,10 +297,10 @@ class Runner:
 
     def _plan(self, running: _Running, stage: Stage) -> Plan:
         """The attention plan of a stage's rows, made once per wave."""
-        plan = running.plans.get((stage.steps, stage.counts))
+        plan = running.plans.get(stage.members)
         if plan is None:
             began = time.perf_counter()
-            plan = running.plans[stage.steps, stage.counts] = self._lay(running.wave, stage).plan
+            plan = running.plans[stage.members] = self._lay(running.wave, stage).plan
             self.prepare_s += time.perf_counter() - began
         return plan
 
@@ -312,7 +309,7 @@ class Runner:
         steps = [wave.steps[i] for i in stage.steps]
         contexts = np.array([s.end for s in steps], np.int32)
         columns = self._memory.pages(int(contexts.max()))
-        last = self._laid.get((stage.steps, stage.counts))
+        last = self._laid.get(stage.members)
         if last is not None and last.columns == columns:
             starts, tables = last.starts, last.tables
         else:
@@ -323,7 +320,7 @@ class Runner:
             last = None
         geometry = Geometry(starts, contexts, tables)
         plan = self._ops.plan(geometry, None if last is None else last.plan)
-        made = self._laid[stage.steps, stage.counts] = _Laid(columns, starts, tables, plan)
+        made = self._laid[stage.members] = _Laid(columns, starts, tables, plan)
         return made
 
     def _count(self, stage: Stage) -> None:
