@@ -37,7 +37,7 @@ void multiply_panels(const Matrix& m, const float* packed, int64_t rows, float* 
         const auto laid = source.take(i, tile);
         const Stream soon = source.next(i, tile, 0);
         tile_for<T>(rows, tile.count)(
-            {packed + run.first * rows, laid.at, laid.apart, run.count,
+            {packed + run.first * rows, laid, run.count,
              sums + (at + tile.first) * rows * kPanel, rows * kPanel, i == 0, soon,
              {soon.at, 0, 0}});
       }

@@ -29,10 +29,55 @@ struct TileRegisters {
   ~TileRegisters() {}
 };
 
-// One group of M rows, P panels.
+// Sums of M rows, P panels.
+template <int M, int P>
+using RowSums = Vec[P][2][M];
+
+// sums += a step of M rows times a block of each of P panels, four vectors of each at a time.
+// Meanwhile what comes next is fetched: of one panel `run.lines` lines, of several as `run.soon`
+// says.
+template <int M, int P, class Block>
+[[gnu::always_inline]] inline void multiply_step(const uint16_t* rows, const Block (&blocks)[P],
+                                                 const TileRun& run, const char* soon,
+                                                 RowSums<M, P>& sums) {
+  const int64_t lines = run.lines / kPieces, pace = run.soon.pace / kSide;
+#pragma GCC unroll 1
+  for (int64_t piece = 0; piece < kPieces; ++piece) {
+    if constexpr (P == 1)
+      for (int64_t i = 0; i < lines; ++i, soon += 64) _mm_prefetch(soon, _MM_HINT_T0);
+    Bytes w[P][4];
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) {
+      blocks[p].take(2 * piece, w[p][0], w[p][1]);
+      blocks[p].take(2 * piece + 1, w[p][2], w[p][3]);
+    }
+#pragma GCC unroll 2
+    for (int64_t pair = 0; pair < 2; ++pair) {
+      if constexpr (P > 1) {
+        soon += pace;
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p) {
+          _mm_prefetch(soon + p * run.soon.apart, _MM_HINT_T0);
+          _mm_prefetch(soon + p * run.soon.apart + 64, _MM_HINT_T0);
+        }
+      }
+#pragma GCC unroll 12
+      for (int i = 0; i < M; ++i) {
+        const __m512bh x = fill_pairs(rows + i * kDepth + 4 * piece + 2 * pair);
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p) {
+          sums[p][0][i] = _mm512_dpbf16_ps(sums[p][0][i], x, (__m512bh)w[p][2 * pair]);
+          sums[p][1][i] = _mm512_dpbf16_ps(sums[p][1][i], x, (__m512bh)w[p][2 * pair + 1]);
+        }
+      }
+    }
+  }
+}
+
+// One group of M rows, P panels; one panel may lie folded.
 template <int PIECES, int M, int P>
 void multiply_rows(const TileRun& run) {
-  Vec sums[P][2][M];
+  RowSums<M, P> sums;
 #pragma GCC unroll 8
   for (int at = 0; at < 2 * P; ++at) {
     const float* from = run.sums + at / 2 * run.sums_stride + at % 2 * kLanes;
@@ -40,37 +85,30 @@ void multiply_rows(const TileRun& run) {
     for (int i = 0; i < M; ++i)
       sums[at / 2][at % 2][i] = run.begins ? zero() : load(from + i * kPanel);
   }
-  const uint16_t *row = run.rows, *weights = run.weights;
+  const uint16_t* rows = run.rows;
+  const Folded& folded = run.weights.folded;
   const char* soon = run.soon.at;
-  const int64_t pace = run.soon.pace / (kDepth / 2);  // per pair
-  Fetching<PIECES> fetching(run);
-  for (int64_t step = 0; step < run.steps; ++step, weights += kStepWeights) {
-    for (int piece = 0; piece < PIECES; ++piece, row += M * kDepth) {
+  Fetching<PIECES> fetching(run, P == 1 ? kPieces : 1);
+  for (int64_t step = 0; step < run.steps; ++step) {
+    const bool in_registers = P == 1 && folded && is_regular(folded.block(step));
+    const uint16_t* plain = in_registers       ? nullptr
+                            : P == 1 && folded ? unfold_apart<TileOrder>(folded.block(step))
+                                               : run.weights.at + step * kStepWeights;
+    for (int piece = 0; piece < PIECES; ++piece, rows += M * kDepth) {
       fetching.template next<_MM_HINT_T0>();
-#pragma GCC unroll 4
-      for (int64_t pair = 0; pair < kDepth; pair += 2) {
-        __m512bh w[P][2];
-        if constexpr (P > 1) soon += pace;
-#pragma GCC unroll 4
-        for (int p = 0; p < P; ++p) {
-          const uint16_t* at = weights + p * run.panel_stride + pair * 16;
-          if constexpr (P > 1) {
-            _mm_prefetch(soon + p * run.soon.apart, _MM_HINT_T0);
-            _mm_prefetch(soon + p * run.soon.apart + 64, _MM_HINT_T0);
-          }
-          w[p][0] = pairs(at);
-          w[p][1] = pairs(at + kTileWeights);
+      if (in_registers) {
+        if constexpr (P == 1) {
+          const FoldedBlock blocks[] = {FoldedBlock(folded.block(step))};
+          multiply_step<M, P>(rows, blocks, run, soon, sums);
         }
-#pragma GCC unroll 12
-        for (int i = 0; i < M; ++i) {
-          const __m512bh x = fill_pairs(row + i * kDepth + pair);
+      } else {
+        PlainBlock<TileOrder> blocks[P];
 #pragma GCC unroll 4
-          for (int p = 0; p < P; ++p) {
-            sums[p][0][i] = _mm512_dpbf16_ps(sums[p][0][i], x, w[p][0]);
-            sums[p][1][i] = _mm512_dpbf16_ps(sums[p][1][i], x, w[p][1]);
-          }
-        }
+        for (int p = 0; p < P; ++p)
+          blocks[p] = PlainBlock<TileOrder>(plain + p * run.weights.apart);
+        multiply_step<M, P>(rows, blocks, run, soon, sums);
       }
+      soon += P == 1 ? run.lines * 64 : run.soon.pace;
     }
   }
 #pragma GCC unroll 8

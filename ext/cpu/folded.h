@@ -9,16 +9,14 @@
 // second ones and so on, so that several panels are read as one stream; where a block has too many
 // other weights, the bundle's panels one behind the other, as they lie unfolded. Before them stands
 // where they begin, int64 [bundles + 1] in bytes, the lowest bit set if the bundle is of blocks.
-// Products unfold a few blocks at a time, in the order of panels (panel.h) or tiles (tiles.h), and
-// multiply them from the first-level cache.
+// Products unfold them in registers (unfold.h), or a few blocks at a time, in the order of panels
+// (panel.h) or tiles (tiles.h), which they multiply from the first-level cache.
 #pragma once
 #include <algorithm>
 #include <cstring>
 
-#include "chunk.h"
-#include "panel.h"
-#include "scratch.h"
 #include "tiles.h"
+#include "unfold.h"
 
 namespace blockllm {
 
@@ -26,67 +24,7 @@ inline bool is_folded(Storage storage) {
   return storage == Storage::kFolded || storage == Storage::kFoldedTiles;
 }
 
-constexpr int64_t kBlock = 1024;
-constexpr int64_t kBlockInputs = kBlock / kPanel;
-constexpr int64_t kBytes = sizeof(Vec);
-constexpr int64_t kVector = kBytes / 2;  // weights
-constexpr int64_t kPieceBytes = 3 * kBytes, kPieces = kBlock / (4 * kVector);
-
 inline int64_t blocks_of(int64_t in) { return ceil_div(in, kBlockInputs); }
-
-struct BlockHead {
-  struct Other {
-    uint16_t place, weight;  // among the unfolded ones
-  };
-  static constexpr int64_t kMost = 11;
-
-  uint8_t high[16];
-  uint32_t others;
-  Other other[kMost];
-};
-static_assert(sizeof(BlockHead) == 64);
-
-constexpr int64_t kBlockBytes = sizeof(BlockHead) + kPieces * kPieceBytes;
-
-// Where the vectors of a block lie unfolded, in the order in which they are folded.
-struct PanelOrder {
-  static constexpr int64_t place(int64_t vector) { return vector * kVector; }
-};
-struct TileOrder {
-  static_assert(kVector == 32 || !kHasTiles);
-  static constexpr int64_t place(int64_t vector) {
-    return vector / 2 * kVector + vector % 2 * kTileWeights;
-  }
-};
-
-// Unfolds a block, and fetches what lies `ahead` bytes behind each line (0: nothing).
-template <class Order>
-[[gnu::always_inline]] inline void unfold_block(const char* block, int64_t ahead, uint16_t* to) {
-  const auto& head = *reinterpret_cast<const BlockHead*>(block);
-  const Bytes table = repeat_bytes(head.high);
-  const char* at = block + sizeof head;
-  if (ahead != 0) _mm_prefetch(block + ahead, _MM_HINT_T0);
-#pragma GCC unroll 16
-  for (int64_t piece = 0; piece < kPieces; ++piece, at += kPieceBytes) {
-    if (ahead != 0)
-      for (int64_t line = piece * kPieceBytes / 64; line < (piece + 1) * kPieceBytes / 64; ++line)
-        _mm_prefetch(block + sizeof head + line * 64 + ahead, _MM_HINT_T0);
-    const Bytes numbers = load_bytes(at);
-    const Bytes high[] = {look_up(table, low_halves(numbers)),
-                          look_up(table, high_halves(numbers))};
-#pragma GCC unroll 2
-    for (int64_t half = 0; half < 2; ++half) {
-      const Bytes low = load_bytes(at + (1 + half) * kBytes);
-      const int64_t vector = 4 * piece + 2 * half;
-      store_bytes(to + Order::place(vector), pair_low(low, high[half]));
-      store_bytes(to + Order::place(vector + 1), pair_high(low, high[half]));
-    }
-  }
-  // Nearly every block has at most two; what is not one is as the weight that it names.
-  to[head.other[0].place] = head.other[0].weight;
-  to[head.other[1].place] = head.other[1].weight;
-  for (uint32_t i = 2; i < head.others; ++i) to[head.other[i].place] = head.other[i].weight;
-}
 
 // Folds a block; false where it has too many others.
 template <class Order>
@@ -180,13 +118,6 @@ inline Rows panels_together(const Matrix& m, const Rows& panels) {
   return {panels.first, std::min(all.first + all.count - panels.first, panels.count)};
 }
 
-// Weights of some panels, from each panel to the next `apart` elements.
-template <class Element>
-struct Laid {
-  const Element* at;
-  int64_t apart;
-};
-
 // Some panels of one bundle, read by runs of blocks.
 template <class Order>
 class Unfolding {
@@ -207,6 +138,13 @@ class Unfolding {
   // Of what `tile` panels read, where one has `bytes`, the bytes that one stream of it has.
   int64_t share_bytes(int64_t bytes, int64_t tile) const {
     return is_folded_ ? bytes * tile : bytes;
+  }
+
+  // What a panel has from a block on, as it lies: folded, or not.
+  Laid<uint16_t> lies(int64_t block, int64_t panel) const {
+    const char* at = share(block, 1, panel);
+    if (is_folded_) return {nullptr, 0, {at, step_}};
+    return {reinterpret_cast<const uint16_t*>(at), 0};
   }
 
   // The weights that some of the panels have in some blocks. Meanwhile lines `ahead` bytes behind

@@ -104,7 +104,7 @@ void multiply_groups(const GroupedCall& call, float* sums) {
                         T::kOffsets ? call.row_sums + j * call.stride + group.first : nullptr};
       const auto tile = [&](auto type, const auto* from) {
         tile_for<decltype(type)>(group.count, call.panels.count)(
-            {a, from, apart, run, to, call.rows * kPanel, j == 0, next, {next.at, 0, 0}, scale});
+            {a, {from, apart}, run, to, call.rows * kPanel, j == 0, next, {next.at, 0, 0}, scale});
       };
       if (turned != nullptr) {
         tile(Float32{}, turned);

@@ -7,7 +7,7 @@
 namespace blockllm {
 
 // Rows of a chunk for tiles: as many as the second-level cache holds beside their sums, and so few
-// that each thread has its own; but fewer than kManyRows only if all have, since every chunk unfolds
+// that each thread has its own; but fewer than kManyRows only if all have, since every chunk reads
 // the weights again.
 constexpr int64_t kCutBytes = 1 << 20;
 constexpr int64_t kFewestRows = 32, kOwnRows = 64, kManyRows = 128, kMostRows = 256;

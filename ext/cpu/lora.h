@@ -234,7 +234,7 @@ void expand(const Segment& s, const Rows& panels, const Rows& chunk, const float
     float* to = sums + (group.first - chunk.first) * kPanel;
     for (int64_t i = 0; i < panels.count;) {
       const int64_t wide = tile_panels(group.count, panels.count - i);
-      tile_for<T>(group.count, wide)({a, b + i * stride, stride, s.rank,
+      tile_for<T>(group.count, wide)({a, {b + i * stride, stride}, s.rank,
                                       to + i * apart, apart, false, idle, idle});
       i += wide;
     }

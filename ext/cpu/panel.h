@@ -41,7 +41,7 @@ struct BFloat16 {
   using Element = uint16_t;
   static int64_t column(int64_t c) { return c % kLanes * 2 + c / kLanes; }
   static void widen(const Element* p, Vec& low, Vec& high) {
-    bfloat_pairs(reinterpret_cast<const uint32_t*>(p), low, high);
+    bfloat_pairs(load_bytes(p), low, high);
   }
   static Vec row(const Element* p) { return bfloat_to_float(p); }
   static __m128 four(const Element* p) {

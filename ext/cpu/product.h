@@ -48,8 +48,8 @@ void multiply_together(const Cut& rows, const Source& source, int64_t panels, in
         const uint16_t* pieces = rows.pieces + rows.groups.size(group.first, width);
         multiply_run<PIECES>(
             {pieces + run.first * PIECES * group.count * kDepth,
-             rows.groups.size(group.count, width), group.count, laid.at, run.count, tile.count,
-             laid.apart, sums + (tile.first * room + group.first) * kPanel, room * kPanel, i == 0,
+             rows.groups.size(group.count, width), group.count, laid, run.count, tile.count,
+             sums + (tile.first * room + group.first) * kPanel, room * kPanel, i == 0,
              soon, lines, later((i * tiles + t) * turns + turn, runs * tiles * turns),
              far(run.count * kDepth, at_once * group.count * tile.count * kPanel)},
             at_once);
@@ -83,9 +83,10 @@ void multiply_each(const Matrix& m, const Rows& panels, const Cut& rows, float* 
 template <class Later, class Far>
 void multiply_tiles(const Matrix& m, const Rows& panels, const Cut& rows, float* sums,
                     const Later& later, const Far& far) {
-  m.storage == Storage::kFoldedTiles
-      ? multiply_each<FoldedTileRuns>(m, panels, rows, sums, later, far)
-      : multiply_each<TileRuns>(m, panels, rows, sums, later, far);
+  if constexpr (!kExactInTiles)
+    if (m.storage == Storage::kFoldedTiles)
+      return multiply_each<FoldedTileRuns>(m, panels, rows, sums, later, far);
+  multiply_each<TileRuns>(m, panels, rows, sums, later, far);
 }
 
 #else

@@ -147,8 +147,8 @@ void multiply(const Projection& p, const LinearCall& linear, const Rows& panels,
                        {chunk.rows.first + group.first + some.first, some.count});
         }
         tile_for<T>(group.count, tile.count)(
-            {chunk.packed + group.first * m.in + run.first * group.count, laid.at, laid.apart,
-             run.count, sums + (tile.first * rows + group.first) * kPanel, rows * kPanel, i == 0,
+            {chunk.packed + group.first * m.in + run.first * group.count, laid, run.count,
+             sums + (tile.first * rows + group.first) * kPanel, rows * kPanel, i == 0,
              soon, later, {}, p.far(run.count, group.count * tile.count * kPanel)});
       }
     }

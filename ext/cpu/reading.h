@@ -82,13 +82,14 @@ class TileRuns : public Stored {
   const uint16_t* const weights_;
 };
 
-// Blocks that are unfolded at a time, for tiles of several panels and of one; and what unfolding for
-// the former, which wait for memory, fetches ahead, in bytes.
+// Blocks of a run, for tiles of several panels and of one; and what unfolding for the former, which
+// wait for memory, fetches ahead, in bytes.
 constexpr int64_t kBlocksOfSeveral = 4, kBlocksOfOne = 8;
 constexpr int64_t kUnfoldAhead = 5 * kBlockBytes;
 
 // A bundle's panels, folded, or some of them. A run's part of a tile is unfolded when that tile is
-// next, while the next run of them all is fetched as it lies.
+// next, or in registers as it is multiplied, if tiles are of one panel; meanwhile the next run of
+// them all is fetched as it lies.
 template <class Order>
 class FoldedRuns {
  public:
@@ -96,14 +97,16 @@ class FoldedRuns {
     return panels_together(m, panels);
   }
 
-  FoldedRuns(const Matrix& m, const Rows& panels, int64_t tile, int64_t)
+  FoldedRuns(const Matrix& m, const Rows& panels, int64_t tile, bool in_registers)
       : unfolding_(m, panels),
         blocks_(blocks_of(m.in)),
         runs_(ceil_div(blocks_ * tile, tile > 1 ? kBlocksOfSeveral : kBlocksOfOne)),
-        ahead_(tile > 1 ? kUnfoldAhead : 0) {}
+        ahead_(tile > 1 ? kUnfoldAhead : 0),
+        in_registers_(in_registers && tile == 1) {}
 
   int64_t runs() const { return runs_; }
   Laid<uint16_t> take(int64_t i, const Rows& tile) const {
+    if (in_registers_) return unfolding_.lies(blocks(i).first, tile.first);
     return unfolding_.take(blocks(i), tile, ahead_);
   }
 
@@ -121,12 +124,13 @@ class FoldedRuns {
  private:
   const Unfolding<Order> unfolding_;
   const int64_t blocks_, runs_, ahead_;
+  const bool in_registers_;
 };
 
 class FoldedPanelRuns : public FoldedRuns<PanelOrder> {
  public:
   FoldedPanelRuns(const Matrix& m, const Rows& panels, int64_t tile, int64_t groups)
-      : FoldedRuns(m, panels, tile, groups), in_(m.in), groups_(groups) {}
+      : FoldedRuns(m, panels, tile, groups <= kGroupsInRegisters), in_(m.in), groups_(groups) {}
 
   Rows run(int64_t i) const {
     const Rows run = blocks(i);
@@ -146,7 +150,8 @@ class FoldedPanelRuns : public FoldedRuns<PanelOrder> {
 
 class FoldedTileRuns : public FoldedRuns<TileOrder> {
  public:
-  using FoldedRuns::FoldedRuns;
+  FoldedTileRuns(const Matrix& m, const Rows& panels, int64_t tile, int64_t)
+      : FoldedRuns(m, panels, tile, true) {}
 
   Rows run(int64_t i) const { return blocks(i); }
   Stream next(int64_t i, const Rows& tile) const {

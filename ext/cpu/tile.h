@@ -5,8 +5,10 @@
 // depend on the tile that computed it, nor on the other rows of the batch.
 #pragma once
 #include <algorithm>
+#include <type_traits>
 
 #include "panel.h"
+#include "unfold.h"
 
 namespace blockllm {
 
@@ -39,13 +41,17 @@ struct Group {
   const float* row_sums = nullptr;   // [M], where there are offsets: behind the scales
 };
 
-// What a tile reads and writes: `a` is [run][M], panels lie `panel_stride` elements apart, their
-// sums `sums_stride` floats. Of a tile of several panels, `later` and `far` are not fetched.
+// Up to how many groups of rows unfold a panel in registers, each for itself, instead of once into
+// memory: where registers are few, this costs more.
+constexpr int64_t kGroupsInRegisters = kLanes == 16 ? INT64_MAX : 1;
+
+// What a tile reads and writes: `a` is [run][M], sums of panels lie `sums_stride` floats apart. Of
+// a tile of several panels, `later` and `far` are not fetched.
 template <class Element>
 struct TileCall {
   const float* a;
-  const Element* weights;
-  int64_t panel_stride, run;
+  Laid<Element> weights;
+  int64_t run;
   float* sums;
   int64_t sums_stride;
   bool first;  // sums begin at zero
@@ -82,29 +88,133 @@ void add_group(const Group& group, const Vec (&low)[P][M], const Vec (&high)[P][
 // little beside so many.
 constexpr int64_t kAtOnce = 8;
 
-// Asks for the lines of a stream up to its next kAtOnce inputs.
-template <_mm_hint HINT>
-inline void advance(const char*& at, const char*& end, int64_t pace) {
-  end += kAtOnce * pace;
-  for (; at < end; at += 64) _mm_prefetch(at, HINT);
-}
+// What is fetched while a tile takes its inputs: where each stream is, how far it was asked for.
+template <class Element, int P>
+class Fetches {
+ public:
+  explicit Fetches(const TileCall<Element>& c)
+      : call_(c),
+        soon_(c.soon.at),
+        soon_end_(soon_),
+        later_(c.later.at),
+        later_end_(later_),
+        far_(c.far.at),
+        far_end_(far_) {}
 
-// low, high [p][i] += a[i] * weights[p].
-template <class T, int M, int P>
-[[gnu::always_inline]] inline void multiply_input(const float* a,
-                                                  const typename T::Element* weights,
-                                                  int64_t panel_stride, Vec (&low)[P][M],
-                                                  Vec (&high)[P][M]) {
-  Vec w_low[P], w_high[P];
+  // Before kAtOnce inputs.
+  void next() {
+    if constexpr (P > 1) return;
+    advance<_MM_HINT_T0>(soon_, soon_end_, call_.soon.pace);
+    advance<_MM_HINT_T0>(later_, later_end_, call_.later.pace);
+    advance<_MM_HINT_T1>(far_, far_end_, call_.far.pace);
+  }
+  // Before each of these: of several panels little is computed, and a fetch may be dropped, so that
+  // most are asked twice.
+  void next_input() {
+    if constexpr (P == 1) return;
 #pragma GCC unroll 4
-  for (int p = 0; p < P; ++p) T::widen(weights + p * panel_stride, w_low[p], w_high[p]);
+    for (int p = 0; p < P; ++p) _mm_prefetch(soon_ + p * call_.soon.apart, _MM_HINT_T0);
+    soon_ += call_.soon.pace;
+  }
+
+ private:
+  // Asks for the lines of a stream up to its next kAtOnce inputs.
+  template <_mm_hint HINT>
+  static void advance(const char*& at, const char*& end, int64_t pace) {
+    end += kAtOnce * pace;
+    for (; at < end; at += 64) _mm_prefetch(at, HINT);
+  }
+
+  const TileCall<Element>& call_;
+  const char *soon_, *soon_end_;
+  const char *later_, *later_end_;
+  const char *far_, *far_end_;
+};
+
+// Sums of M rows, P panels: of the first and of the other half of each panel's outputs.
+template <int M, int P>
+struct TileSums {
+  Vec low[P][M], high[P][M];
+};
+
+// sums[i] += a[i] * weights.
+template <int M, int P>
+[[gnu::always_inline]] inline void multiply_input(const float* a, const Vec (&w_low)[P],
+                                                  const Vec (&w_high)[P], TileSums<M, P>& sums) {
 #pragma GCC unroll 12
   for (int i = 0; i < M; ++i) {
     const Vec x = fill(a[i]);
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) {
-      low[p][i] = fma(x, w_low[p], low[p][i]);
-      high[p][i] = fma(x, w_high[p], high[p][i]);
+      sums.low[p][i] = fma(x, w_low[p], sums.low[p][i]);
+      sums.high[p][i] = fma(x, w_high[p], sums.high[p][i]);
+    }
+  }
+}
+
+template <class T, int M, int P>
+[[gnu::always_inline]] inline void multiply_input(const float* a,
+                                                  const typename T::Element* weights, int64_t apart,
+                                                  TileSums<M, P>& sums) {
+  Vec w_low[P], w_high[P];
+#pragma GCC unroll 4
+  for (int p = 0; p < P; ++p) T::widen(weights + p * apart, w_low[p], w_high[p]);
+  multiply_input<M, P>(a, w_low, w_high, sums);
+}
+
+// sums += a[k][i] * weights[k] for k < count.
+template <class T, int M, int P>
+[[gnu::always_inline]] inline void multiply_inputs(const float* a,
+                                                   const typename T::Element* weights,
+                                                   int64_t apart, int64_t count,
+                                                   Fetches<typename T::Element, P>& fetches,
+                                                   TileSums<M, P>& sums) {
+  int64_t k = 0;
+  for (; k + kAtOnce <= count; k += kAtOnce, weights += kAtOnce * kElements<T>, a += kAtOnce * M) {
+    fetches.next();
+#pragma GCC unroll 8
+    for (int64_t j = 0; j < kAtOnce; ++j) {
+      fetches.next_input();
+      multiply_input<T, M, P>(a + j * M, weights + j * kElements<T>, apart, sums);
+    }
+  }
+  for (; k < count; ++k, weights += kElements<T>, a += M)
+    multiply_input<T, M, P>(a, weights, apart, sums);
+}
+
+// The same of the inputs of a block, folded.
+template <int M>
+[[gnu::always_inline]] inline void multiply_block(const float* a, const FoldedBlock& block,
+                                                  Fetches<uint16_t, 1>& fetches,
+                                                  TileSums<M, 1>& sums) {
+  for (int64_t k = 0; k < kBlockInputs; k += kAtOnce) {
+    fetches.next();
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < kAtOnce; j += 2, a += 2 * M) {
+      Bytes words[2];
+      block.take((k + j) / 2, words[0], words[1]);
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        Vec low[1], high[1];
+        bfloat_pairs(words[i], low[0], high[0]);
+        multiply_input<M, 1>(a + i * M, low, high, sums);
+      }
+    }
+  }
+}
+
+// The same of a panel that lies folded.
+template <int M>
+[[gnu::always_inline]] inline void multiply_folded(const float* a, const Folded& folded,
+                                                   int64_t count, Fetches<uint16_t, 1>& fetches,
+                                                   TileSums<M, 1>& sums) {
+  for (int64_t k = 0; k < count; k += kBlockInputs, a += kBlockInputs * M) {
+    const char* block = folded.block(k / kBlockInputs);
+    const int64_t inputs = std::min(kBlockInputs, count - k);
+    if (inputs == kBlockInputs && is_regular(block)) {
+      multiply_block<M>(a, FoldedBlock(block), fetches, sums);
+    } else {
+      multiply_inputs<BFloat16, M, 1>(a, unfold_apart<PanelOrder>(block), 0, inputs, fetches, sums);
     }
   }
 }
@@ -112,8 +222,7 @@ template <class T, int M, int P>
 // sums[p][i][kPanel] (+)= a[k][i] * weights[p][k][kPanel] for k < run.
 template <class T, int M, int P>
 void multiply_tile(const TileCall<typename T::Element>& c) {
-  using Element = typename T::Element;
-  Vec low[P][M], high[P][M];
+  TileSums<M, P> sums;
   const bool codes = kMayBeCodes<T> && c.group.scales != nullptr;
   const bool anew = c.first || codes;
 #pragma GCC unroll 4
@@ -121,47 +230,31 @@ void multiply_tile(const TileCall<typename T::Element>& c) {
 #pragma GCC unroll 12
     for (int i = 0; i < M; ++i) {
       const float* from = c.sums + p * c.sums_stride + i * kPanel;
-      low[p][i] = anew ? zero() : load(from);
-      high[p][i] = anew ? zero() : load(from + kLanes);
+      sums.low[p][i] = anew ? zero() : load(from);
+      sums.high[p][i] = anew ? zero() : load(from + kLanes);
     }
   }
-  const float* a = c.a;
-  const Element* weights = c.weights;
-  const char *soon = c.soon.at, *soon_end = soon;
-  const char *later = c.later.at, *later_end = later;
-  const char *far = c.far.at, *far_end = far;
-  int64_t k = 0;
-  for (; k + kAtOnce <= c.run; k += kAtOnce) {
-    if constexpr (P == 1) {
-      advance<_MM_HINT_T0>(soon, soon_end, c.soon.pace);
-      advance<_MM_HINT_T0>(later, later_end, c.later.pace);
-      advance<_MM_HINT_T1>(far, far_end, c.far.pace);
+  Fetches<typename T::Element, P> fetches(c);
+  if constexpr (std::is_same_v<T, BFloat16> && P == 1) {
+    if (c.weights.folded) {
+      multiply_folded<M>(c.a, c.weights.folded, c.run, fetches, sums);
+    } else {
+      multiply_inputs<T, M, P>(c.a, c.weights.at, c.weights.apart, c.run, fetches, sums);
     }
-#pragma GCC unroll 8
-    for (int64_t j = 0; j < kAtOnce; ++j) {
-      const Element* at = weights + j * kElements<T>;
-      if constexpr (P > 1) {  // little is computed and a fetch may be dropped: most are asked twice
-#pragma GCC unroll 4
-        for (int p = 0; p < P; ++p) _mm_prefetch(soon + p * c.soon.apart, _MM_HINT_T0);
-        soon += c.soon.pace;
-      }
-      multiply_input<T, M, P>(a + j * M, at, c.panel_stride, low, high);
-    }
-    weights += kAtOnce * kElements<T>;
-    a += kAtOnce * M;
+  } else {
+    multiply_inputs<T, M, P>(c.a, c.weights.at, c.weights.apart, c.run, fetches, sums);
   }
-  for (; k < c.run; ++k, weights += kElements<T>, a += M)
-    multiply_input<T, M, P>(a, weights, c.panel_stride, low, high);
   if constexpr (kMayBeCodes<T>) {
-    if (codes) return add_group<M, P>(c.group, low, high, c.sums, c.sums_stride, c.first);
+    if (codes)
+      return add_group<M, P>(c.group, sums.low, sums.high, c.sums, c.sums_stride, c.first);
   }
 #pragma GCC unroll 4
   for (int p = 0; p < P; ++p) {
 #pragma GCC unroll 12
     for (int i = 0; i < M; ++i) {
       float* to = c.sums + p * c.sums_stride + i * kPanel;
-      store(to, low[p][i]);
-      store(to + kLanes, high[p][i]);
+      store(to, sums.low[p][i]);
+      store(to + kLanes, sums.high[p][i]);
     }
   }
 }

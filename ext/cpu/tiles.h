@@ -8,6 +8,7 @@
 #include "chunk.h"
 #include "panel.h"
 #include "tile.h"
+#include "unfold.h"
 
 namespace blockllm {
 
@@ -63,8 +64,8 @@ struct TileRun {
   const uint16_t* rows;
   int64_t apart;  // elements from a group to the next one
   int64_t height;
-  const uint16_t* weights;
-  int64_t steps, panels, panel_stride;  // elements
+  Laid<uint16_t> weights;
+  int64_t steps, panels;
   float* sums;          // of a group [height][kPanel], those of the next behind them
   int64_t sums_stride;  // floats from panel to panel
   bool begins;          // sums begin at zero
@@ -74,13 +75,15 @@ struct TileRun {
   Stream far;   // and into the second-level cache
 };
 
-// Fetches what a run of tiles wants, a share at a time.
+// Fetches what a run of tiles wants, a share at a time; but of the lines of its stream only those
+// that are left over where as many are fetched at each of `times` times in between.
 template <int PIECES>
 class Fetching {
  public:
-  explicit Fetching(const TileRun& run)
-      : soon_(run.soon.at),
-        lines_(run.lines),
+  Fetching(const TileRun& run, int64_t times)
+      : lines_(run.lines % times),
+        apart_(run.lines * 64),
+        soon_(run.soon.at + apart_ - lines_ * 64),
         later_(run.later.at),
         end_(run.later.at + run.later.count),
         pace_(ceil_div(run.later.count, run.steps * PIECES)),
@@ -90,15 +93,16 @@ class Fetching {
 
   template <_mm_hint HINT>
   void next() {
-    for (int64_t i = 0; i < lines_; ++i, soon_ += 64) _mm_prefetch(soon_, HINT);
+    for (int64_t i = 0; i < lines_; ++i) _mm_prefetch(soon_ + i * 64, HINT);
+    soon_ += apart_;
     for (int64_t i = 0; i < pace_ && later_ < end_; ++i) _mm_prefetch(*later_++, _MM_HINT_T0);
     far_end_ += far_pace_;
     for (; far_ < far_end_; far_ += 64) _mm_prefetch(far_, _MM_HINT_T1);
   }
 
  private:
+  const int64_t lines_, apart_;
   const char* soon_;
-  const int64_t lines_;
   const char* const* later_;
   const char* const* end_;
   const int64_t pace_;

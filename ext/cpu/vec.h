@@ -53,8 +53,7 @@ inline Vec bfloat_to_float(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 // kLanes words, each of two bfloat16: the low halves and the high halves as floats.
-inline void bfloat_pairs(const uint32_t* p, Vec& low, Vec& high) {
-  const __m512i words = _mm512_loadu_si512(p);
+inline void bfloat_pairs(__m512i words, Vec& low, Vec& high) {
   low = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
   high =
       _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
@@ -136,8 +135,7 @@ inline Vec bfloat_to_float(const uint16_t* p) {
   const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
 }
-inline void bfloat_pairs(const uint32_t* p, Vec& low, Vec& high) {
-  const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+inline void bfloat_pairs(__m256i words, Vec& low, Vec& high) {
   low = _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
   high =
       _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xffff0000))));

@@ -1,6 +1,8 @@
 """bfloat16 weights in folded matrices: nothing is lost, whatever they are, and no bit of a product
 depends on whether a bundle could be folded."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -39,6 +41,13 @@ def scattered(out: int, width: int) -> Tensor:
     return (torch.randn(out, width) * torch.exp2(torch.randint(-60, 60, (out, width)))).bfloat16()
 
 
+def spotted(out: int, width: int) -> Tensor:
+    """As trained, but blocks here and there have a few far smaller weights."""
+    weight = trained(out, width)
+    weight[40 % out :: 72, ::11] *= 2.0**-50
+    return weight
+
+
 def rows(ops: CpuOps, matrix: CpuMatrix) -> Tensor:
     count = matrix.out_features
     plan = ops.plan(
@@ -59,7 +68,8 @@ def project(ops: CpuOps, x: Tensor, weight: Tensor) -> Tensor:
 @pytest.mark.parametrize("out", [1, 33, 192, 576, 1000])
 def test_nothing_is_lost(ops: CpuOps, out: int, width: int) -> None:
     mixed = torch.cat((trained(out, width), scattered(out, width)))
-    for weight in (trained(out, width), scattered(out, width), mixed, mixed[::2], mixed.flip(0)):
+    plain = (trained(out, width), spotted(out, width), scattered(out, width))
+    for weight in (*plain, mixed, mixed[::2], mixed.flip(0)):
         assert torch.equal(rows(ops, ops.matrix(weight)), weight.float())
 
 
@@ -95,9 +105,12 @@ def test_weights_with_other_high_bytes_are_kept_beside(ops: CpuOps, others: int)
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 13, 33, 100])
 @pytest.mark.parametrize(("out", "width"), [(576, 192), (48, 1000), (250, 576)])
-def test_folding_changes_no_bit_of_a_product(ops: CpuOps, count: int, out: int, width: int) -> None:
+@pytest.mark.parametrize("kind", [trained, spotted])
+def test_folding_changes_no_bit_of_a_product(
+    ops: CpuOps, kind: Callable[[int, int], Tensor], count: int, out: int, width: int
+) -> None:
     x = torch.randn(count, width)
-    weight = trained(out, width)
+    weight = kind(out, width)
     spoilt = weight.clone()
     spoilt[:: ops.packing.panel] = scattered(len(spoilt[:: ops.packing.panel]), width)
     assert ops.matrix(spoilt).nbytes > 1.2 * ops.matrix(weight).nbytes
