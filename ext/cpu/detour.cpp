@@ -30,12 +30,12 @@ void multiply_panels(const Matrix& m, const float* packed, int64_t rows, float* 
     const Rows some = Source::together(m, {at, panels - at}, most);
     const Source source(m, some, most, 1);
     for (int64_t i = 0; i < source.runs(); ++i) {
-      const Rows run = source.run(i);
+      const Rows taken = source.run(i), run = source.inputs(taken);
       const int64_t tiles = ceil_div(some.count, most);
       for (int64_t n = 0; n < tiles; ++n) {
         const Rows tile{n * most, std::min(most, some.count - n * most)};
-        const auto laid = source.take(i, tile);
-        const Stream soon = source.next(i, tile, 0);
+        const auto laid = source.take(taken, tile);
+        const Stream soon = source.next(taken, tile, 0);
         tile_for<T>(rows, tile.count)(
             {packed + run.first * rows, laid, run.count,
              sums + (at + tile.first) * rows * kPanel, rows * kPanel, i == 0, soon,

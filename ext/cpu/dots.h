@@ -40,11 +40,18 @@ template <int M, int P, class Block>
 [[gnu::always_inline]] inline void multiply_step(const uint16_t* rows, const Block (&blocks)[P],
                                                  const TileRun& run, const char* soon,
                                                  RowSums<M, P>& sums) {
-  const int64_t lines = run.lines / kPieces, pace = run.soon.pace / kSide;
+  // At most four lines per piece, without a branch: an address that is not due is asked for again.
+  const int64_t lines = std::min<int64_t>(run.lines / kPieces, 4), pace = run.soon.pace / kSide;
+  const int64_t second = lines > 1 ? 64 : 0, third = lines > 2 ? 128 : 0, last = (lines - 1) * 64;
 #pragma GCC unroll 1
   for (int64_t piece = 0; piece < kPieces; ++piece) {
-    if constexpr (P == 1)
-      for (int64_t i = 0; i < lines; ++i, soon += 64) _mm_prefetch(soon, _MM_HINT_T0);
+    if constexpr (P == 1) {
+      _mm_prefetch(soon, _MM_HINT_T0);
+      _mm_prefetch(soon + second, _MM_HINT_T0);
+      _mm_prefetch(soon + third, _MM_HINT_T0);
+      _mm_prefetch(soon + last, _MM_HINT_T0);
+      soon += lines * 64;
+    }
     Bytes w[P][4];
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) {

@@ -8,6 +8,7 @@
 #pragma once
 #include <algorithm>
 
+#include "scratch.h"
 #include "tiles.h"
 
 namespace blockllm {
@@ -27,6 +28,12 @@ struct Groups {
   int64_t height() const { return ceil_div(rows, count); }
   Rows group(int64_t i) const {
     return kGroupsAtOnce > 1 ? Rows{i * height(), height()} : part(rows, count, i);
+  }
+  // All of them, in this thread's scratch.
+  const Rows* list() const {
+    auto* const all = scratch<kGroupList, Rows>(count);
+    for (int64_t i = 0; i < count; ++i) all[i] = group(i);
+    return all;
   }
   // The group that has a row.
   int64_t with(int64_t row) const {

@@ -35,16 +35,19 @@ void multiply_together(const Cut& rows, const Source& source, int64_t panels, in
   const int64_t width = steps * kDepth, turns = ceil_div(groups, kGroupsAtOnce);
   const int64_t runs = source.runs();
   const int64_t most = tiles_at_once(rows), tiles = ceil_div(panels, most);
+  const Rows* all = rows.groups.list();
+  const int64_t lines_of_one =
+      ceil_div(source.next(source.run(0), {0, 1}).pace / 64, turns * PIECES);
   for (int64_t i = 0; i < runs; ++i) {
     const Rows run = source.run(i);
     for (int64_t t = 0; t < tiles; ++t) {
       const Rows tile{t * most, std::min(most, panels - t * most)};
-      const auto laid = source.take(i, tile);
-      Stream soon = source.next(i, tile);
-      const int64_t lines = tile.count > 1 ? 0 : ceil_div(soon.pace / 64, turns * PIECES);
+      const auto laid = source.take(run, tile);
+      Stream soon = source.next(run, tile);
+      const int64_t lines = tile.count > 1 ? 0 : lines_of_one;
       for (int64_t turn = 0; turn < turns; ++turn) {
         const int64_t g = turn * kGroupsAtOnce, at_once = std::min(kGroupsAtOnce, groups - g);
-        const Rows group = rows.groups.group(g);
+        const Rows& group = all[g];
         const uint16_t* pieces = rows.pieces + rows.groups.size(group.first, width);
         multiply_run<PIECES>(
             {pieces + run.first * PIECES * group.count * kDepth,

@@ -132,13 +132,13 @@ void multiply(const Projection& p, const LinearCall& linear, const Rows& panels,
   const int64_t most = panels_per_tile(ceil_div(rows, groups)), tiles = ceil_div(panels.count, most);
   const Source source(m, panels, most, groups);
   for (int64_t i = 0; i < source.runs(); ++i) {
-    const Rows run = source.run(i);
+    const Rows taken = source.run(i), run = source.inputs(taken);
     for (int64_t t = 0; t < tiles; ++t) {
       const Rows tile{t * most, std::min(most, panels.count - t * most)};
-      const auto laid = source.take(i, tile);
+      const auto laid = source.take(taken, tile);
       for (int64_t g = 0; g < groups; ++g) {
         const Rows group = part(rows, groups, g);
-        const Stream soon = source.next(i, tile, g);
+        const Stream soon = source.next(taken, tile, g);
         const Stream later =
             patch_piece(linear, (i * tiles + t) * groups + g, panels, run.count, soon);
         if (p.chunks > 1) {

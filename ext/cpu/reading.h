@@ -1,5 +1,6 @@
 // How products read the weights of some panels: a run of inputs at a time, as they are stored or
-// unfolded.
+// unfolded. A source tells its i-th run, in units of its own, once; with that what a tile reads in it.
+// What it divides, it divides when it is made.
 #pragma once
 #include "folded.h"
 #include "tile.h"
@@ -30,28 +31,28 @@ class PanelRuns : public Stored {
   PanelRuns(const Matrix& m, const Rows& panels, int64_t, int64_t groups)
       : weights_(static_cast<const Element*>(m.data) + panels.first * m.in * kPanel),
         in_(m.in),
-        groups_(groups) {}
+        runs_(groups == 1 ? 1 : ceil_div(in_, kRunBytes / kInputBytes)),
+        pace_(groups == 1 ? 0 : ceil_div(kInputBytes, groups)) {}
 
-  int64_t runs() const { return groups_ == 1 ? 1 : ceil_div(in_, kRunBytes / kInputBytes); }
-  // The inputs of a run.
-  Rows run(int64_t i) const { return part(in_, runs(), i); }
-  // The weights that a tile's panels have in it.
-  Laid<Element> take(int64_t i, const Rows& tile) const {
-    return {weights_ + run(i).first * kPanel + tile.first * in_ * kPanel, in_ * kPanel};
+  int64_t runs() const { return runs_; }
+  Rows run(int64_t i) const { return part(in_, runs_, i); }
+  Rows inputs(const Rows& run) const { return run; }
+  // The weights that a tile's panels have in a run.
+  Laid<Element> take(const Rows& run, const Rows& tile) const {
+    return {weights_ + run.first * kPanel + tile.first * in_ * kPanel, in_ * kPanel};
   }
   // What to fetch while the g-th group of rows passes some panels of a run.
-  Stream next(int64_t i, const Rows&, int64_t g) const {
-    const char* from = reinterpret_cast<const char*>(weights_ + run(i).first * kPanel);
-    if (groups_ == 1) return {from + kAhead, kInputBytes, in_ * kInputBytes};
-    const int64_t pace = ceil_div(kInputBytes, groups_);
-    return {from + run(i).count * (kInputBytes + g * pace), pace, 0};
+  Stream next(const Rows& run, const Rows&, int64_t g) const {
+    const char* from = reinterpret_cast<const char*>(weights_ + run.first * kPanel);
+    if (pace_ == 0) return {from + kAhead, kInputBytes, in_ * kInputBytes};
+    return {from + run.count * (kInputBytes + g * pace_), pace_, 0};
   }
 
  private:
   static constexpr int64_t kInputBytes = kPanel * sizeof(Element);
 
   const Element* const weights_;
-  const int64_t in_, groups_;
+  const int64_t in_, runs_, pace_;
 };
 
 // Tiles, whose runs are of steps: as they are stored.
@@ -64,14 +65,14 @@ class TileRuns : public Stored {
 
   int64_t runs() const { return runs_; }
   Rows run(int64_t i) const { return part(steps_, runs_, i); }
-  Laid<uint16_t> take(int64_t i, const Rows& tile) const {
+  Laid<uint16_t> take(const Rows& run, const Rows& tile) const {
     const int64_t apart = steps_ * kStepWeights;
-    return {weights_ + run(i).first * kStepWeights + tile.first * apart, apart};
+    return {weights_ + run.first * kStepWeights + tile.first * apart, apart};
   }
   // `pace` is of steps.
-  Stream next(int64_t i, const Rows&) const {
-    const char* from = reinterpret_cast<const char*>(weights_ + run(i).first * kStepWeights);
-    return {runs_ == 1 ? from + kAhead : from + run(i).count * kStepBytes, kStepBytes,
+  Stream next(const Rows& run, const Rows&) const {
+    const char* from = reinterpret_cast<const char*>(weights_ + run.first * kStepWeights);
+    return {runs_ == 1 ? from + kAhead : from + run.count * kStepBytes, kStepBytes,
             steps_ * kStepBytes};
   }
 
@@ -87,7 +88,7 @@ class TileRuns : public Stored {
 constexpr int64_t kBlocksOfSeveral = 4, kBlocksOfOne = 8;
 constexpr int64_t kUnfoldAhead = 5 * kBlockBytes;
 
-// A bundle's panels, folded, or some of them. A run's part of a tile is unfolded when that tile is
+// A bundle's panels, folded, or some of them, in runs of blocks. A run's part of a tile is unfolded when that tile is
 // next, or in registers as it is multiplied, if tiles are of one panel; meanwhile the next run of
 // them all is fetched as it lies.
 template <class Order>
@@ -105,17 +106,16 @@ class FoldedRuns {
         in_registers_(in_registers && tile == 1) {}
 
   int64_t runs() const { return runs_; }
-  Laid<uint16_t> take(int64_t i, const Rows& tile) const {
-    if (in_registers_) return unfolding_.lies(blocks(i).first, tile.first);
-    return unfolding_.take(blocks(i), tile, ahead_);
+  Rows run(int64_t i) const { return part(blocks_, runs_, i); }
+  Laid<uint16_t> take(const Rows& run, const Rows& tile) const {
+    if (in_registers_) return unfolding_.lies(run.first, tile.first);
+    return unfolding_.take(run, tile, ahead_);
   }
 
  protected:
-  Rows blocks(int64_t i) const { return part(blocks_, runs_, i); }
   // A tile's share of the next run: for each input or pair of inputs of a panel it has `bytes`, for
   // each unit of its pace `times` as much.
-  Stream soon(int64_t i, const Rows& tile, int64_t bytes, int64_t times = 1) const {
-    const Rows run = blocks(i);
+  Stream soon(const Rows& run, const Rows& tile, int64_t bytes, int64_t times = 1) const {
     return {unfolding_.share(run.first + run.count, run.count, tile.first),
             unfolding_.share_bytes(bytes, tile.count) * times, unfolding_.share_apart(bytes)};
   }
@@ -130,22 +130,22 @@ class FoldedRuns {
 class FoldedPanelRuns : public FoldedRuns<PanelOrder> {
  public:
   FoldedPanelRuns(const Matrix& m, const Rows& panels, int64_t tile, int64_t groups)
-      : FoldedRuns(m, panels, tile, groups <= kGroupsInRegisters), in_(m.in), groups_(groups) {}
+      : FoldedRuns(m, panels, tile, groups <= kGroupsInRegisters),
+        in_(m.in),
+        pace_(ceil_div(block_bytes(), kBlockInputs * groups)) {}
 
-  Rows run(int64_t i) const {
-    const Rows run = blocks(i);
+  Rows inputs(const Rows& run) const {
     const int64_t first = run.first * kBlockInputs;
     return {first, std::min(run.count * kBlockInputs, in_ - first)};
   }
-  Stream next(int64_t i, const Rows& tile, int64_t g) const {
-    const int64_t each = ceil_div(block_bytes(), kBlockInputs * groups_);
-    Stream next = soon(i, tile, each);
-    next.at += g * each * run(i).count;
+  Stream next(const Rows& run, const Rows& tile, int64_t g) const {
+    Stream next = soon(run, tile, pace_);
+    next.at += g * pace_ * inputs(run).count;
     return next;
   }
 
  private:
-  const int64_t in_, groups_;
+  const int64_t in_, pace_;
 };
 
 class FoldedTileRuns : public FoldedRuns<TileOrder> {
@@ -153,9 +153,8 @@ class FoldedTileRuns : public FoldedRuns<TileOrder> {
   FoldedTileRuns(const Matrix& m, const Rows& panels, int64_t tile, int64_t)
       : FoldedRuns(m, panels, tile, true) {}
 
-  Rows run(int64_t i) const { return blocks(i); }
-  Stream next(int64_t i, const Rows& tile) const {
-    return soon(i, tile, block_bytes() / (kDepth / 2), kDepth / 2);
+  Stream next(const Rows& run, const Rows& tile) const {
+    return soon(run, tile, block_bytes() / (kDepth / 2), kDepth / 2);
   }
 };
 

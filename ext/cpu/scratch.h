@@ -14,6 +14,7 @@ enum Use {
   kTurnedCodes,
   kUnfolded,
   kLines,
+  kGroupList,
   // rows of a projection
   kRow,
   kRows,

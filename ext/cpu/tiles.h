@@ -86,7 +86,7 @@ class Fetching {
         soon_(run.soon.at + apart_ - lines_ * 64),
         later_(run.later.at),
         end_(run.later.at + run.later.count),
-        pace_(ceil_div(run.later.count, run.steps * PIECES)),
+        pace_(run.later.count == 0 ? 0 : ceil_div(run.later.count, run.steps * PIECES)),
         far_(run.far.at),
         far_end_(far_),
         far_pace_(ceil_div(run.far.pace * kDepth, PIECES)) {}
