@@ -189,7 +189,7 @@ template <int M>
                                                   TileSums<M, 1>& sums) {
   for (int64_t k = 0; k < kBlockInputs; k += kAtOnce) {
     fetches.next();
-#pragma GCC unroll 4
+#pragma GCC unroll 1
     for (int64_t j = 0; j < kAtOnce; j += 2, a += 2 * M) {
       Bytes words[2];
       block.take((k + j) / 2, words[0], words[1]);
