@@ -22,7 +22,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     for `seconds`; `rate` is the synthetic one's, `speed` that of a recorded one, and lengths are
     cut to the `high`s. `http_share` of the connections speak HTTP. With `routes`, all do, to the
     servers that these name for each model. `leave_share` of the clients leave within
-    `leave_within_s`, wherever their answer is.
+    `leave_within_s`, wherever their answer is. Gaps between the tokens of an answer count from
+    `settling_s` after its request on.
     """
 
     endpoint: str = ""
@@ -37,6 +38,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     output_tokens: tuple[int, int] = (64, 64)
     leave_share: float = 0.0
     leave_within_s: float = 0.2
+    settling_s: float = 0.0
     vocabulary: int
     text: tuple[int, ...] = ()
     seed: int = 0

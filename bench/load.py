@@ -31,9 +31,10 @@ class LoadFailed(Exception):
 
 
 class Tally:
-    """What has happened so far."""
+    """What has happened so far; see `Job.settling_s`."""
 
-    def __init__(self) -> None:
+    def __init__(self, settling_s: float = 0.0) -> None:
+        self.settling_s = settling_s
         self.finished: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
         self.sums: Counter[str] = Counter()
@@ -76,7 +77,7 @@ def run(job: Job, *, timeout_s: float = 900.0) -> Outcome:
 async def drive(job: Job) -> Outcome:
     """Do the job on this event loop."""
     todo = asks(job)
-    tally = Tally()
+    tally = Tally(job.settling_s)
     async with _doors(job) as doors:
         began, cpu = time.perf_counter(), time.process_time()
         if job.trace:
@@ -148,7 +149,7 @@ async def _ask(door: Door, ask: Ask, tally: Tally) -> None:
                     received += len(piece.tokens)
                     if before is None:
                         tally.ttft.append(now - began)
-                    else:
+                    elif now - began >= tally.settling_s:
                         tally.itl.append((now - before) / len(piece.tokens))
                     before = now
                 if piece.reason is not None:

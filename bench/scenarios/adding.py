@@ -4,7 +4,7 @@
 in the zoo already, so the server loads it (nothing is packed before) while no other process works
 for it: a LoRA adapter, a fine-tune of the last four layers, and a full one that is kept as lossless
 differences. `calm` is the same load without any; a gap may be as long as two of its usual ones, or
-as its own longest.
+as its own longest. Gaps before that are left out: there the prompts of the others are computed.
 """
 
 import os
@@ -68,6 +68,7 @@ def _play(
             prompt_tokens=(16, 16),
             output_tokens=(tokens, tokens),
             vocabulary=variants(zoo)[0].vocabulary,
+            settling_s=_AFTER_S,
         )
         timer = threading.Timer(_AFTER_S, _name, (zoo, name))
         if name:

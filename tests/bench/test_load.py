@@ -85,6 +85,14 @@ async def test_a_closed_loop_keeps_its_streams_busy_and_counts_every_token():
 
 
 @on_a_loop
+async def test_gaps_count_once_a_load_has_settled():
+    for settling_s, gaps in ((0.0, 4), (60.0, 0)):
+        tally = Tally(settling_s)
+        await closed_loop(questions(2), [Counting()], tally, streams=1)
+        assert (len(tally.ttft), len(tally.itl), tally.sums["output"]) == (2, gaps, 6)
+
+
+@on_a_loop
 async def test_tokens_that_do_not_arrive_are_noticed():
     tally = Tally()
     await closed_loop(questions(2), [Counting(lost=1)], tally, streams=1)
