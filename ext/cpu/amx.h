@@ -59,7 +59,7 @@ void multiply_groups_of(const TileRun& run) {
   const int64_t second_sums = run.height * kPanel, tile = run.height * kDepth;
   begin_sums<PAIR>(run, second_sums);
   const uint16_t *first = run.rows, *second = run.rows + run.apart, *weights = run.weights.at;
-  Fetching<PIECES> fetching(run, run.lines + 1);
+  Fetching<PIECES> fetching(run);
   for (int64_t step = 0; step < run.steps; ++step) {
     _tile_loadd(6, weights, 64);
     _tile_loadd(7, weights + kTileWeights, 64);

@@ -33,50 +33,67 @@ struct TileRegisters {
 template <int M, int P>
 using RowSums = Vec[P][2][M];
 
-// sums += a step of M rows times a block of each of P panels, four vectors of each at a time.
-// Meanwhile what comes next is fetched: of one panel `run.lines` lines, of several as `run.soon`
-// says.
-template <int M, int P, class Block>
-[[gnu::always_inline]] inline void multiply_step(const uint16_t* rows, const Block (&blocks)[P],
-                                                 const TileRun& run, const char* soon,
+// sums += two inputs of M rows times the weights of them.
+template <int M, int P>
+[[gnu::always_inline]] inline void multiply_pair(const uint16_t* rows, const __m512bh (&w)[P][2],
                                                  RowSums<M, P>& sums) {
-  // At most four lines per piece, without a branch: an address that is not due is asked for again.
-  const int64_t lines = std::min<int64_t>(run.lines / kPieces, 4), pace = run.soon.pace / kSide;
+#pragma GCC unroll 12
+  for (int i = 0; i < M; ++i) {
+    const __m512bh x = fill_pairs(rows + i * kDepth);
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) {
+      sums[p][0][i] = _mm512_dpbf16_ps(sums[p][0][i], x, w[p][0]);
+      sums[p][1][i] = _mm512_dpbf16_ps(sums[p][1][i], x, w[p][1]);
+    }
+  }
+}
+
+// The same of a step, whose weights each panel has `apart` elements behind those of the one before.
+// Where there are several, `soon` is fetched.
+template <int M, int P>
+[[gnu::always_inline]] inline void multiply_step(const uint16_t* rows, const uint16_t* weights,
+                                                 int64_t apart, Stream soon, RowSums<M, P>& sums) {
+  soon.pace /= kSide;  // of pairs
+#pragma GCC unroll 4
+  for (int64_t pair = 0; pair < kSide; ++pair) {
+    __m512bh w[P][2];
+    if constexpr (P > 1) soon.at += soon.pace;
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) {
+      const uint16_t* at = weights + p * apart + pair * kDepth;
+      if constexpr (P > 1) {
+        _mm_prefetch(soon.at + p * soon.apart, _MM_HINT_T0);
+        _mm_prefetch(soon.at + p * soon.apart + 64, _MM_HINT_T0);
+      }
+      w[p][0] = pairs(at);
+      w[p][1] = pairs(at + kTileWeights);
+    }
+    multiply_pair<M, P>(rows + 2 * pair, w, sums);
+  }
+}
+
+// The same of one panel, whose weights are a block, folded. After each piece of it as many lines are
+// fetched: up to four, without a loop, so that one which is not due is asked for again.
+template <int M>
+[[gnu::always_inline]] inline void multiply_block(const uint16_t* rows, const FoldedBlock& block,
+                                                  const char* soon, int64_t lines,
+                                                  RowSums<M, 1>& sums) {
   const int64_t second = lines > 1 ? 64 : 0, third = lines > 2 ? 128 : 0, last = (lines - 1) * 64;
 #pragma GCC unroll 1
-  for (int64_t piece = 0; piece < kPieces; ++piece) {
-    if constexpr (P == 1) {
+  for (int64_t piece = 0; piece < kPieces; ++piece, soon += lines * 64) {
+    if (lines > 0) {
       _mm_prefetch(soon, _MM_HINT_T0);
       _mm_prefetch(soon + second, _MM_HINT_T0);
       _mm_prefetch(soon + third, _MM_HINT_T0);
       _mm_prefetch(soon + last, _MM_HINT_T0);
-      soon += lines * 64;
     }
-    Bytes w[P][4];
-#pragma GCC unroll 4
-    for (int p = 0; p < P; ++p) {
-      blocks[p].take(2 * piece, w[p][0], w[p][1]);
-      blocks[p].take(2 * piece + 1, w[p][2], w[p][3]);
-    }
+    Bytes taken[4];
+    block.take(2 * piece, taken[0], taken[1]);
+    block.take(2 * piece + 1, taken[2], taken[3]);
 #pragma GCC unroll 2
     for (int64_t pair = 0; pair < 2; ++pair) {
-      if constexpr (P > 1) {
-        soon += pace;
-#pragma GCC unroll 4
-        for (int p = 0; p < P; ++p) {
-          _mm_prefetch(soon + p * run.soon.apart, _MM_HINT_T0);
-          _mm_prefetch(soon + p * run.soon.apart + 64, _MM_HINT_T0);
-        }
-      }
-#pragma GCC unroll 12
-      for (int i = 0; i < M; ++i) {
-        const __m512bh x = fill_pairs(rows + i * kDepth + 4 * piece + 2 * pair);
-#pragma GCC unroll 4
-        for (int p = 0; p < P; ++p) {
-          sums[p][0][i] = _mm512_dpbf16_ps(sums[p][0][i], x, (__m512bh)w[p][2 * pair]);
-          sums[p][1][i] = _mm512_dpbf16_ps(sums[p][1][i], x, (__m512bh)w[p][2 * pair + 1]);
-        }
-      }
+      const __m512bh w[1][2] = {{(__m512bh)taken[2 * pair], (__m512bh)taken[2 * pair + 1]}};
+      multiply_pair<M, 1>(rows + 4 * piece + 2 * pair, w, sums);
     }
   }
 }
@@ -94,8 +111,9 @@ void multiply_rows(const TileRun& run) {
   }
   const uint16_t* rows = run.rows;
   const Folded& folded = run.weights.folded;
-  const char* soon = run.soon.at;
-  Fetching<PIECES> fetching(run, P == 1 ? kPieces : 1);
+  const int64_t lines = folded ? std::min<int64_t>(run.lines / kPieces, 4) : 0;
+  Stream soon = run.soon;
+  Fetching<PIECES> fetching(run, lines * kPieces);
   for (int64_t step = 0; step < run.steps; ++step) {
     const bool in_registers = P == 1 && folded && is_regular(folded.block(step));
     const uint16_t* plain = in_registers       ? nullptr
@@ -104,18 +122,12 @@ void multiply_rows(const TileRun& run) {
     for (int piece = 0; piece < PIECES; ++piece, rows += M * kDepth) {
       fetching.template next<_MM_HINT_T0>();
       if (in_registers) {
-        if constexpr (P == 1) {
-          const FoldedBlock blocks[] = {FoldedBlock(folded.block(step))};
-          multiply_step<M, P>(rows, blocks, run, soon, sums);
-        }
+        if constexpr (P == 1)
+          multiply_block<M>(rows, FoldedBlock(folded.block(step)), soon.at, lines, sums);
       } else {
-        PlainBlock<TileOrder> blocks[P];
-#pragma GCC unroll 4
-        for (int p = 0; p < P; ++p)
-          blocks[p] = PlainBlock<TileOrder>(plain + p * run.weights.apart);
-        multiply_step<M, P>(rows, blocks, run, soon, sums);
+        multiply_step<M, P>(rows, plain, run.weights.apart, soon, sums);
       }
-      soon += P == 1 ? run.lines * 64 : run.soon.pace;
+      soon.at += P == 1 ? run.lines * 64 : run.soon.pace;
     }
   }
 #pragma GCC unroll 8

@@ -150,8 +150,8 @@ class FoldedPanelRuns : public FoldedRuns<PanelOrder> {
 
 class FoldedTileRuns : public FoldedRuns<TileOrder> {
  public:
-  FoldedTileRuns(const Matrix& m, const Rows& panels, int64_t tile, int64_t)
-      : FoldedRuns(m, panels, tile, true) {}
+  FoldedTileRuns(const Matrix& m, const Rows& panels, int64_t tile, int64_t turns)
+      : FoldedRuns(m, panels, tile, turns <= kTurnsInRegisters) {}
 
   Stream next(const Rows& run, const Rows& tile) const {
     return soon(run, tile, block_bytes() / (kDepth / 2), kDepth / 2);

@@ -17,6 +17,9 @@ constexpr int64_t kTileWeights = 16 * kDepth;       // 16 outputs
 constexpr int64_t kStepWeights = 2 * kTileWeights;  // kDepth inputs of a panel
 constexpr int64_t kSide = 16;                       // of a square of sums
 constexpr int64_t kSquare = kSide * kSide;
+// Up to how many groups of rows unfold a tile in registers, each for itself, instead of once into
+// memory.
+constexpr int64_t kTurnsInRegisters = 8;
 
 #if defined(__AMX_BF16__)
 // Rows in three pieces are multiplied faster than by float32 units: all weights lie in tiles.
@@ -75,15 +78,15 @@ struct TileRun {
   Stream far;   // and into the second-level cache
 };
 
-// Fetches what a run of tiles wants, a share at a time; but of the lines of its stream only those
-// that are left over where as many are fetched at each of `times` times in between.
+// Fetches what a run of tiles wants, a share at a time, but the first `others` lines of each share
+// of its stream, which others fetch.
 template <int PIECES>
 class Fetching {
  public:
-  Fetching(const TileRun& run, int64_t times)
-      : lines_(run.lines % times),
+  explicit Fetching(const TileRun& run, int64_t others = 0)
+      : lines_(run.lines - others),
         apart_(run.lines * 64),
-        soon_(run.soon.at + apart_ - lines_ * 64),
+        soon_(run.soon.at + others * 64),
         later_(run.later.at),
         end_(run.later.at + run.later.count),
         pace_(run.later.count == 0 ? 0 : ceil_div(run.later.count, run.steps * PIECES)),

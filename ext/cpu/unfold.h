@@ -43,7 +43,6 @@ struct TileOrder {
 // A block that is read as it lies folded: of others there may be none.
 class FoldedBlock {
  public:
-  FoldedBlock() = default;
   explicit FoldedBlock(const char* block)
       : table_(repeat_bytes(reinterpret_cast<const BlockHead*>(block)->high)),
         pieces_(block + sizeof(BlockHead)) {}
@@ -58,24 +57,8 @@ class FoldedBlock {
   }
 
  private:
-  Bytes table_;
-  const char* pieces_;
-};
-
-// The same of a block that lies unfolded.
-template <class Order>
-class PlainBlock {
- public:
-  PlainBlock() = default;
-  explicit PlainBlock(const uint16_t* weights) : weights_(weights) {}
-
-  [[gnu::always_inline]] void take(int64_t i, Bytes& first, Bytes& second) const {
-    first = load_bytes(weights_ + Order::place(2 * i));
-    second = load_bytes(weights_ + Order::place(2 * i + 1));
-  }
-
- private:
-  const uint16_t* weights_;
+  const Bytes table_;
+  const char* const pieces_;
 };
 
 // Unfolds a block, and fetches what lies `ahead` bytes behind each line (0: nothing).
