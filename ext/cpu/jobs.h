@@ -49,7 +49,9 @@ inline Projection projection_of(const ProjectCall& call, int64_t threads) {
   const int64_t chunks = chunks_of(call, has_tiles, threads);
   const int64_t panels = panels_per_job(call, has_panels, threads);
   const float* plain = call.norm.kind == NormKind::kNone ? call.x : nullptr;
-  return {call, chunks, panels, has_panels, has_tiles, has_whole_bundles(call, threads), plain};
+  return {call,      chunks,    panels,
+          has_panels, has_tiles, !has_panels && shrinks_as_cut(call),
+          has_whole_bundles(call, threads), plain};
 }
 
 // What becomes of a panel's sums: they are written into the columns of `out`, or past the caches

@@ -25,8 +25,9 @@ float* room_for_sums(const ProjectCall& call) {
   return nullptr;
 }
 
-// Shrinks the rows of every patched segment; returns where each linear layer's shrunk rows begin.
-const float* const* shrink_all(Pool* pool, const Projection& p) {
+// Shrinks a call's rows, `all`, for every patched segment; returns where each linear layer's shrunk
+// rows begin.
+const float* const* shrink_all(Pool* pool, const Projection& p, const Cut& all) {
   const int64_t floats = shrunk_floats(p.call);
   if (floats == 0) return nullptr;
   float* const* starts = lay_shrunk(p.call, scratch<kShrunk>(floats),
@@ -41,7 +42,9 @@ const float* const* shrink_all(Pool* pool, const Projection& p) {
   for (int64_t i = 0; i < tasks; ++i)
     list[i].next = list[std::min(i + 1, tasks - 1)].factors(p.call.width);
   pool->run(tasks, [&](int64_t i) {
-    shrink(list[i], p.plain, p.call.width, p.call.rounding != 0);
+    all.pieces != nullptr && p.shrinks_cut
+        ? shrink_cut(list[i], all.groups, all.pieces, 0, p.call.width)
+        : shrink(list[i], p.plain, p.call.width, p.call.rounding != 0);
   });
   return starts;
 }
@@ -58,23 +61,35 @@ void prepare(const Projection& p, const Rows& rows, float* plain) {
   }
 }
 
-void project_one_chunk(Pool* pool, Projection& p, float* plain) {
+// Into how many blocks the rows of one chunk are divided to be prepared: packed ones by groups, the
+// others so that each thread has as many; but one group is soon done.
+int64_t blocks_of(int64_t rows, bool packs, int64_t threads) {
+  const int64_t groups = groups_of(rows);
+  return packs || groups == 1 ? groups : ceil_div(groups, threads) * threads;
+}
+
+void project_one_chunk(Pool* pool, Projection& p, float* plain, const Through& through) {
   const ProjectCall& call = p.call;
   const Rows rows{0, call.rows};
   const Groups groups(call.rows, p.pieces());
   float* packed =
       p.has_panels && call.rows > 1 ? scratch<kPacked>(call.rows * call.width) : nullptr;
-  auto* pieces = p.has_tiles ? scratch<kCut, uint16_t>(groups.size(call.width)) : nullptr;
-  const int64_t blocks = groups_of(call.rows);
+  auto* pieces = p.has_tiles && through.rows == nullptr
+                     ? scratch<kCut, uint16_t>(groups.size(call.width))
+                     : nullptr;
+  const Chunk chunk{rows,
+                    packed != nullptr ? packed : p.plain,
+                    {groups, through.rows != nullptr ? through.rows : pieces}};
+  const int64_t blocks =
+      through.rows != nullptr ? 0 : blocks_of(call.rows, packed != nullptr, pool->threads());
   pool->run(blocks, [&](int64_t i) {
     const Rows block = part(call.rows, blocks, i);
     prepare(p, block, plain);
     if (pieces != nullptr) cut(p, rows, block, groups, pieces);
     if (packed != nullptr) pack(rows, i, call.width, p.plain, packed);
   });
-  p.shrunk = shrink_all(pool, p);
-  const Jobs jobs(p);
-  const Chunk chunk{rows, packed != nullptr ? packed : p.plain, {groups, pieces}};
+  p.shrunk = shrink_all(pool, p, chunk.cut);
+  const Jobs jobs(p, through.results);
   pool->run(jobs.count(), [&](int64_t job) { jobs.run(job, chunk); });
 }
 
@@ -82,7 +97,7 @@ void project_chunks(Pool* pool, Projection& p, float* plain) {
   const uint64_t number = number_of_call();
   if (plain != nullptr || p.group_sums != nullptr)
     pool->run(p.chunks, [&](int64_t i) { prepare(p, p.chunk(i), plain); });
-  p.shrunk = shrink_all(pool, p);
+  p.shrunk = shrink_all(pool, p, {Groups(0, 1), nullptr});
   const Jobs jobs(p);
   const int64_t tasks = p.has_panels ? kTasksPerThread : kTileTasksPerThread;
   const int64_t wanted = ceil_div(tasks * (pool->threads() - 1), p.chunks);
@@ -102,15 +117,17 @@ using namespace blockllm;
 
 void blockllm_project(Pool* pool, const ProjectCall* call) { project(pool, *call, nullptr); }
 
-void blockllm::project(Pool* pool, const ProjectCall& call, Errand* errand) {
+void blockllm::project(Pool* pool, const ProjectCall& call, Errand* errand,
+                       const Through& through) {
   Projection p = projection_of(call, pool->threads());
   p.errand = errand;
   const bool norms = call.norm.kind != NormKind::kNone;
-  const bool reads_plain = p.has_panels || is_patched(call);
+  const bool reads_plain =
+      p.has_panels || (is_patched(call) && (p.chunks > 1 || !p.shrinks_cut));
   float* plain = norms && reads_plain ? scratch<kRows>(call.rows * call.width) : nullptr;
   if (norms) p.plain = plain;
   p.group_sums = room_for_sums(call);
-  p.chunks == 1 ? project_one_chunk(pool, p, plain) : project_chunks(pool, p, plain);
+  p.chunks == 1 ? project_one_chunk(pool, p, plain, through) : project_chunks(pool, p, plain);
 }
 
 void blockllm::foresee(Pool* pool, const ProjectCall& call) {

@@ -11,15 +11,22 @@
 
 namespace blockllm {
 
+// Rows in pieces (pieces.h) that a call takes in place of its own, and where it leaves its results,
+// cut, in place of writing them. Null: it does not.
+struct Through {
+  const uint16_t* rows = nullptr;
+  uint16_t* results = nullptr;
+};
+
 // A call; meanwhile the threads go on an errand, unless it is null.
-void project(Pool* pool, const ProjectCall& call, Errand* errand);
+void project(Pool* pool, const ProjectCall& call, Errand* errand, const Through& through = {});
 
 // As many projections as there are between two attentions, where MLPs alternate with them.
 constexpr int64_t kMostTogether = 4;
 
-// Runs the first of some calls that follow each other, so many that a thread can take a chunk of many
-// rows through all of them; returns how many, or 0 if that would be one. What a gate makes is not
-// written then, where the next call reads it: nobody else may.
+// Runs the first of some calls that follow each other: so many that a thread can take a chunk of many
+// rows through all of them; of few rows, a gate and the call that reads it. Returns how many, or 0 if
+// that would be one. What a gate makes is not written then: nobody else may read it.
 int64_t project_together(Pool* pool, const ProjectCall* const* calls, int64_t count,
                          Errand* errand);
 
@@ -42,11 +49,22 @@ inline bool is_patched(const ProjectCall& call) {
   return std::any_of(call.linears, call.linears + call.count, has_segments);
 }
 
+// Whether those, if any, are of bfloat16, and the call's rows one piece.
+inline bool shrinks_as_cut(const ProjectCall& call) {
+  for (int64_t i = 0; i < call.count; ++i) {
+    const Patch* patch = call.linears[i].patch;
+    for (int64_t n = 0; patch != nullptr && n < patch->count; ++n)
+      if (patch->segments()[n].a_storage != Storage::kBF16 || call.rounding == 0) return false;
+  }
+  return true;
+}
+
 struct Projection {
   const ProjectCall& call;
   const int64_t chunks;  // of rows
   const int64_t panels_per_job;
   const bool has_panels, has_tiles;      // among the layers
+  const bool shrinks_cut;                // its rows as they are cut, not `plain`
   const bool has_whole_bundles;          // in its tasks
   const float* plain = nullptr;          // rows [rows, width], normalized; null: nothing reads them
   const float* const* shrunk = nullptr;  // of each linear layer

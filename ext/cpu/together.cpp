@@ -7,21 +7,11 @@
 namespace blockllm {
 namespace {
 
-// Whether low-rank pieces upon a call's layers, if any, are of bfloat16, and its rows one piece.
-bool shrinks_as_cut(const ProjectCall& call) {
-  for (int64_t i = 0; i < call.count; ++i) {
-    const Patch* patch = call.linears[i].patch;
-    for (int64_t n = 0; patch != nullptr && n < patch->count; ++n)
-      if (patch->segments()[n].a_storage != Storage::kBF16 || call.rounding == 0) return false;
-  }
-  return true;
-}
-
 // Whether a thread can take its chunks of rows through a call as through the first one.
 bool goes_along(const ProjectCall& first, const ProjectCall& call, int64_t threads) {
   const Projection p = projection_of(call, threads);
-  return !p.has_panels && shrinks_as_cut(call) && call.rows == first.rows && p.chunks > 1 &&
-         p.chunks % threads == 0 && p.chunks == projection_of(first, threads).chunks;
+  return p.shrinks_cut && call.rows == first.rows && p.chunks > 1 && p.chunks % threads == 0 &&
+         p.chunks == projection_of(first, threads).chunks;
 }
 
 // Whether a call reads what a gate makes, as it is.
@@ -71,6 +61,20 @@ void shrink_chunk(const ProjectCall& call, const Chunk& chunk, float* const* sta
   if (last.segment != nullptr) run(last.factors(call.width));
 }
 
+// A gate and the call behind it, of few rows: what passes between them is cut by who makes it.
+int64_t project_gated(Pool* pool, const ProjectCall& gate, const ProjectCall& call,
+                      Errand* errand) {
+  const Projection p = projection_of(call, pool->threads());
+  if (!reads_gated(gate, call) || !p.shrinks_cut || p.chunks > 1 ||
+      projection_of(gate, pool->threads()).chunks > 1)
+    return 0;
+  auto* pieces =
+      scratch<kThrough, uint16_t>(Groups(call.rows, pieces_of(call)).size(call.width));
+  project(pool, gate, errand, {nullptr, pieces});
+  project(pool, call, errand, {pieces, nullptr});
+  return 2;
+}
+
 }  // namespace
 }  // namespace blockllm
 
@@ -83,7 +87,7 @@ int64_t blockllm::project_together(Pool* pool, const ProjectCall* const* calls, 
   while (together < std::min(count, kMostTogether) &&
          goes_along(*calls[0], *calls[together], threads))
     ++together;
-  if (together < 2) return 0;
+  if (together < 2) return count < 2 ? 0 : project_gated(pool, *calls[0], *calls[1], errand);
   const AllShrunk shrunk(calls, together);
   pool->run(projection_of(*calls[0], threads).chunks, [&](int64_t i) {
     uint16_t* through = nullptr;
