@@ -39,7 +39,7 @@ from ext.quantize import Quantized
 from ext.rotary import CpuRotary, tabulate
 from ext.tape import Tape, Workspace
 
-_STORE, _ADD, _GATE = range(3)
+_STORE, _ADD, _GATE, _BEST = range(4)
 
 
 class CpuOps:
@@ -188,6 +188,11 @@ class CpuOps:
         self._project(_plain(x), norm, linears, patches, (None, out), mode)
         return out
 
+    def best(self, x: Tensor, norm: Norm | None, linear: Linear, patch: Patch | None) -> Tensor:
+        ids = self._empty(len(x), 2).view(torch.int64)[:, 0]
+        self._project(_plain(x), norm, (linear,), (patch,), (ids,), (_BEST, 0))
+        return ids
+
     def accumulate(self, x: Tensor, y: Tensor, linear: Linear, patch: Patch | None) -> None:
         if x.shape != (len(y), linear.weight.out_features):
             raise ValueError(
@@ -335,29 +340,13 @@ class CpuOps:
         return out
 
     def argmax(self, logits: Tensor) -> Tensor:
-        """The first position of each row's largest value: float32 [rows, width] -> int64 [rows]."""
+        if logits.shape[1] == 0:
+            raise ValueError("there is nothing to choose from in rows of no logits")
         logits = _plain(logits)
         ids = torch.empty(len(logits), dtype=torch.int64)
-        self._native.blockllm_argmax(self._pool, _selection(logits, 1, ids, None))
+        call = native.ARGMAX.pack(logits.data_ptr(), *logits.shape, ids.data_ptr())
+        self._native.blockllm_argmax(self._pool, call)
         return ids
-
-    def top_k(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Each row's k largest values, largest first and equal ones by position, and their
-        positions: float32 and int64 [rows, k]."""
-        if not 1 <= k <= logits.shape[1]:
-            raise ValueError(f"top {k} of {logits.shape[1]} values")
-        logits = _plain(logits)
-        values = torch.empty(len(logits), k)
-        ids = torch.empty(len(logits), k, dtype=torch.int64)
-        self._native.blockllm_top_k(self._pool, _selection(logits, k, ids, values))
-        return values, ids
-
-    def log_sum_exp(self, logits: Tensor) -> Tensor:
-        """log(sum(exp(row))) of each row: float32 [rows]."""
-        logits = _plain(logits)
-        values = torch.empty(len(logits))
-        self._native.blockllm_log_sum_exp(self._pool, _selection(logits, 1, None, values))
-        return values
 
 
 def _plain(x: Tensor) -> Tensor:
@@ -392,9 +381,3 @@ def _detour(d: Detour, width: int) -> bytes:
         ACTIVATIONS[d.activation],
         d.scale,
     )
-
-
-def _selection(logits: Tensor, k: int, ids: Tensor | None, values: Tensor | None) -> bytes:
-    if logits.shape[1] == 0:
-        raise ValueError("there is nothing to choose from in rows of no logits")
-    return native.SELECT.pack(logits.data_ptr(), *logits.shape, k, address(ids), address(values))

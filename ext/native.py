@@ -38,7 +38,7 @@ SPLIT_PART = Struct("Qq")
 REPLAY = Struct("q")
 REPLAYED = Struct("qQ")
 POINTER = Struct("Q")
-SELECT = Struct("QqqqQQ")
+ARGMAX = Struct("QqqQ")
 PATCH = Struct("qqq")
 SEGMENT = Struct("qqQqQqqqd")
 FINISH = Struct("qqQQ")
@@ -66,8 +66,6 @@ _CALLS = (
     "detour",
     "split",
     "argmax",
-    "top_k",
-    "log_sum_exp",
 )
 
 

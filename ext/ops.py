@@ -324,6 +324,10 @@ class Ops(Protocol):
         """x += linear(y) + patch(y), in place; x [rows, out]."""
         ...
 
+    def best(self, x: Tensor, norm: Norm | None, linear: Linear, patch: Patch | None) -> Tensor:
+        """argmax of what `project` would give of one linear: int64 [rows]."""
+        ...
+
     def argmax(self, logits: Tensor) -> Tensor:
         """The best of each row of logits [rows, vocabulary], the first of equals: int64 [rows]."""
         ...

@@ -104,6 +104,9 @@ class PlainOps(ABC):
             (out,) = self.project(CURVES[d.activation](inner), None, (d.up,), (None,))
             x[d.first : d.last] += out * d.scale
 
+    def best(self, x: Tensor, norm: Norm | None, linear: Linear, patch: Patch | None) -> Tensor:
+        return self.argmax(self.project(x, norm, (linear,), (patch,))[0])
+
     def argmax(self, logits: Tensor) -> Tensor:
         # On every device torch takes the first of equals.
         return logits.argmax(dim=1)

@@ -21,8 +21,9 @@ from ext.plan import CpuPlan
 from ext.replays import Counts, Shelf
 from ext.tape import Tape, Workspace
 
-# Some units over activations x [rows, hidden], in place, with one patch for each linear of theirs.
-Step = Callable[[Tensor, CpuPlan, Sequence[Patch | None]], None]
+# Some units over activations x [rows, hidden], in place, with one patch for each linear of theirs;
+# it gives x, or the best of each row, int64 [rows].
+Step = Callable[[Tensor, CpuPlan, Sequence[Patch | None]], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +34,19 @@ class _Key:
 
 class _Recorded:
     """The records of a tape of so many rows, one behind the other, and the call that names them
-    all. `owner` is the step, which keeps what they point at."""
+    all. `result` is what the step gives, with room for the most rows, unless that is x. `owner` is
+    the step, which keeps what they point at."""
 
-    def __init__(self, tape: Tape, patches: Sequence[Patch], rows: int, owner: Step) -> None:
+    def __init__(
+        self,
+        tape: Tape,
+        patches: Sequence[Patch],
+        rows: int,
+        owner: Step,
+        result: Tensor | None,
+    ) -> None:
         self.layers, self.positions = tape.layers, tape.positions
+        self.result = result
         self._owner = owner
         ends = list(accumulate((len(record) for _, record in tape.calls), initial=0))
         self._records = native.Record(b"".join(record for _, record in tape.calls))
@@ -89,7 +99,7 @@ class Recordings:
     """Recorded steps over some kernels; at most `capacity` of them are kept. See
     `ext.replays.Replays`."""
 
-    takes_prompts = True
+    takes_prompts = takes_heads = True
 
     def __init__(self, ops: CpuOps, capacity: int = 256) -> None:
         self.ops = ops
@@ -113,7 +123,7 @@ class Recordings:
         batch: tuple[CpuPlan, int],
         patches: Sequence[Patch | None],
         step: Step,
-    ) -> bool:
+    ) -> Tensor:
         """See `ext.replays.Replays.run`."""
         rows, (plan, _) = len(x), batch
         ctypes.memmove(self._plan.address, plan.record.address, native.PLAN.size)
@@ -134,8 +144,7 @@ class Recordings:
             recorded.load(patches, rows, self.ops)
             self.ops.replay(recorded.call)
             self.counts.replayed += 1
-        x.copy_(stream)
-        return True
+        return x.copy_(stream) if recorded.result is None else recorded.result[:rows]
 
     def retain(self, keeps: Callable[[tuple[int, ...]], bool]) -> None:
         """See `ext.replays.Replays.retain`."""
@@ -148,11 +157,13 @@ class Recordings:
         its own meanwhile, so that its place is known."""
         own = [Patch((), ()) if patch is None else replace(patch) for patch in patches]
         with self.ops.taped(self._workspace, most) as tape:
-            step(stream, plan, own)
+            given = step(stream, plan, own)
         for patch, other in zip(patches, own, strict=True):
             if patch is not None:
                 patch.prepared = other.prepared
-        recorded = _Recorded(tape, own, len(stream), step)
+        # The tape has room for more rows behind those of the first batch.
+        result = None if given is stream else given.as_strided((most,), (1,))
+        recorded = _Recorded(tape, own, len(stream), step, result)
         recorded.load(patches, len(stream), self.ops)
         return recorded
 

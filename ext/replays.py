@@ -23,9 +23,10 @@ class Counts:
 
 class Replays(Protocol):
     """The captured steps of one device. `takes_prompts` says whether they serve batches in which a
-    sequence has any number of rows."""
+    sequence has any number of rows, `takes_heads` whether a step may end in the best of each."""
 
     takes_prompts: bool
+    takes_heads: bool
 
     @property
     def counts(self) -> Counts:
@@ -38,10 +39,11 @@ class Replays(Protocol):
         x: Tensor,
         batch: tuple[Opaque, int],
         patches: Sequence[Patch | None],
-        step: Callable[[Tensor, Opaque, Sequence[Patch | None]], None],
-    ) -> bool:
-        """Run `step` (over rows x, a plan, patches) on x [rows, hidden], in place, for a batch: its
-        plan, and a page for padding. False, and nothing done, if the batch is too large.
+        step: Callable[[Tensor, Opaque, Sequence[Patch | None]], Tensor],
+    ) -> Tensor | None:
+        """Run `step` (over rows x, a plan, patches) on x [rows, hidden] for a batch: its plan, and
+        a page for padding. What it gives: x, in place, or int64 [rows], which lie there until the
+        next run. None, and nothing done, if the batch is too large.
         `units` names what `step` computes: equal names, equal steps."""
         ...
 

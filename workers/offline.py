@@ -160,6 +160,7 @@ class Offline:
 
         def run(wave: Wave) -> None:
             for part in self._runner.run(wave):
+                assert part.data is not None
                 data = part.data.cpu()
                 for i, step in enumerate(part.steps):
                     rows[step.request.id].append(data[i : i + 1])
@@ -179,9 +180,9 @@ class Offline:
         answers: dict[RequestId, list[int]] = {r.id: [] for r in requests}
 
         def run(wave: Wave) -> None:
-            for part in self._runner.run(wave):
-                chosen = self._ops.argmax(part.data).tolist()
-                for step, token in zip(part.steps, chosen, strict=True):
+            for part in self._runner.run(wave, greedy=True):
+                assert part.best is not None
+                for step, token in zip(part.steps, part.best.tolist(), strict=True):
                     answers[step.request.id].append(token)
                     if len(answers[step.request.id]) < max_tokens and token not in eos:
                         self._requests.append(step.request, token)

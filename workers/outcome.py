@@ -8,11 +8,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from workers import wire
 from workers.batcher import Step, Wave
 from workers.guesses import Guesses
 from workers.requests import Request, Requests
-from workers.runner import Logits
+from workers.running import Logits
 from workers.sampler import Sampler, logprobs_of
 
 Send = Callable[[wire.Report], None]
@@ -54,7 +56,8 @@ class Outcomes:
         """Choose tokens, advance requests, report."""
         began = time.perf_counter()
         for part in logits:
-            self._score(part)
+            if part.data is not None:
+                self._score(part, part.data)
         for step in wave.steps:
             if not step.guesses:
                 self._requests.advance(step.request, step.span, step.count)
@@ -71,14 +74,8 @@ class Outcomes:
     def _emit(self, part: Logits, newest: Sequence[int]) -> None:
         """Sample a token for each of these rows and send those that count in one message."""
         began = time.perf_counter()
-        data = part.data if len(newest) == len(part.steps) else part.data[newest]
         steps = [part.steps[i] for i in newest]
-        requests = [step.request for step in steps]
-        numbers = [
-            r.outputs + part.positions[i] + 1 - r.length
-            for i, r in zip(newest, requests, strict=True)
-        ]
-        tokens, logprobs = self._sampler.choose(data, requests, numbers)
+        tokens, logprobs = self._sampled(part, newest, steps)
         self.sample_s += time.perf_counter() - began
         chosen = self._choose(steps, tokens)
         self.counters["output_tokens"] += len(chosen.tokens)
@@ -95,6 +92,23 @@ class Outcomes:
         for request, ending in zip(chosen.requests, chosen.finished, strict=True):
             if ending != wire.CONTINUES:
                 self._end(request)
+
+    def _sampled(
+        self, part: Logits, newest: Sequence[int], steps: Sequence[Step]
+    ) -> tuple[list[int], dict[int, wire.Logprobs]]:
+        """The next token of each of these rows, and logprobs by their place."""
+        everything = len(newest) == len(part.steps)
+        if part.data is None:
+            assert part.best is not None
+            best: list[int] = part.best.tolist()
+            return best if everything else [best[i] for i in newest], {}
+        requests = [step.request for step in steps]
+        numbers = [
+            r.outputs + part.positions[i] + 1 - r.length
+            for i, r in zip(newest, requests, strict=True)
+        ]
+        data = part.data if everything else part.data[newest]
+        return self._sampler.choose(data, requests, numbers)
 
     def _choose(self, steps: Sequence[Step], tokens: Sequence[int]) -> _Chosen:
         """Take the tokens of rows, up to the first of a request that ends it or that was guessed
@@ -126,7 +140,7 @@ class Outcomes:
         self.counters["draft_tokens"] += step.guesses
         self.counters["accepted_tokens"] += rows - 1
 
-    def _score(self, part: Logits) -> None:
+    def _score(self, part: Logits, data: Tensor) -> None:
         """Report logprobs of prompt tokens where they are wanted: row i scores the token after
         it."""
         by_request: dict[wire.RequestId, list[int]] = {}
@@ -138,7 +152,7 @@ class Outcomes:
             rows = [i for i in known if part.positions[i] + 1 < request.length]
             if rows:
                 nexts = [int(request.tokens[part.positions[i] + 1]) for i in rows]
-                scored = logprobs_of(part.data[rows], nexts, request.sampling.prompt_logprobs)
+                scored = logprobs_of(data[rows], nexts, request.sampling.prompt_logprobs)
                 first = part.positions[rows[0]] + 1 - request.chain.virtual
                 self._send(wire.Scored(request_id, first, tuple(scored)))
 

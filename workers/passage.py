@@ -13,7 +13,7 @@ from typing import TypeAlias
 from torch import Tensor
 
 from ext.ops import Cache, Opaque, Ops, Patch, Place
-from workers import layers
+from workers import layers, vocabulary
 from workers.attachments import Worn
 from workers.block import AttentionUnit, EmbedUnit, HeadUnit, MlpUnit, ParallelUnit, ResidentUnit
 from workers.foreign import ForeignUnit, foreign
@@ -34,7 +34,8 @@ class Part:
 
 
 class Passage:
-    """Parts that follow each other; only the first may be an embedding, and none is a head."""
+    """Parts that follow each other; only the first may be an embedding, and only the last a head,
+    of which the likeliest tokens are wanted."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
         first = parts[0].unit
@@ -57,13 +58,7 @@ class Passage:
     @cached_property
     def replayable(self) -> bool:
         """Whether a capture of these units can serve whatever rows wear upon them."""
-        return bool(self._parts) and all(
-            isinstance(part.unit, _LAYERS)
-            and part.unit is part.held
-            and not part.worn.gains
-            and not part.worn.detours
-            for part in self._parts
-        )
+        return bool(self._parts) and all(map(_is_replayable, self._parts))
 
     @cached_property
     def units(self) -> tuple[int, ...]:
@@ -100,17 +95,29 @@ class CapturedStep:
     ops: Ops
     cache: Cache
 
-    def __call__(self, x: Tensor, plan: Opaque, patches: Sequence[Patch | None]) -> None:
+    def __call__(self, x: Tensor, plan: Opaque, patches: Sequence[Patch | None]) -> Tensor:
         at = layers.Context(self.ops, self.cache, plan)
         given = iter(patches)
         for site in self.sites:
             own = {role: next(given) for role in site[0].linears}
             linears = {role: patch for role, patch in own.items() if patch is not None}
-            _pass(site, Worn(linears, {}, {}), x, at)
+            x = _pass(site, Worn(linears, {}, {}), x, at)
+        return x
+
+
+def _is_replayable(part: Part) -> bool:
+    """Whether a capture of the unit serves whatever rows wear upon its linears, and they wear
+    nothing else."""
+    unit, worn = part.unit, part.worn
+    if unit is not part.held or worn.gains or worn.detours:
+        return False
+    if isinstance(unit, HeadUnit):
+        return vocabulary.ends_in_best(unit, worn)
+    return isinstance(unit, _LAYERS)
 
 
 def _pass(site: Site, worn: Worn, x: Tensor, at: layers.Context) -> Tensor:
-    """One unit over rows x."""
+    """One unit over rows x; of a head, the likeliest token of each."""
     unit, layer = site
     match unit:
         case AttentionUnit():
@@ -121,8 +128,10 @@ def _pass(site: Site, worn: Worn, x: Tensor, at: layers.Context) -> Tensor:
             layers.parallel(unit, x, layer, worn, at)
         case ForeignUnit():
             foreign(unit, x, worn.linears, at.ops, Place(at.cache, layer, at.plan))
-        case EmbedUnit() | HeadUnit():
-            raise AssertionError("a chain's ends have stages or steps of their own")
+        case HeadUnit():
+            return vocabulary.best(unit, x, worn, at)
+        case EmbedUnit():
+            raise AssertionError("embeddings have a step of their own")
         case _:
             x = layers.stitch(unit, x, worn, at)
     return x

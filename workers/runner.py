@@ -6,37 +6,29 @@ wave's rows stay in one activation tensor; stages whose rows lie together work o
 import hashlib
 import time
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from ext.ops import Cache, Geometry, Ops, Plan
+from ext.ops import Geometry, Ops, Plan
 from ext.replays import Replays
 from workers import layers, vocabulary
 from workers.attachments import Attachments, Rows
 from workers.batcher import Members, Stage, Step, Wave
 from workers.block import HeadUnit, ResidentUnit
+from workers.boundaries import Boundaries
 from workers.caches import Caches
 from workers.chains import ServedChain
 from workers.loading import LoadedChain
 from workers.memory import KvMemory
 from workers.passage import Part, Passage
 from workers.requests import Request, Requests
+from workers.running import Logits, Running
 from workers.wire import BlockReport, ChainId
 
 _KEPT_PASSAGES = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Logits:
-    """What a wave leaves: row i of `data` [n, vocabulary], float32 on the device, belongs to step
-    `steps[i]` at position `positions[i]`; rows of narrower variants end in -inf."""
-
-    data: Tensor
-    steps: tuple[Step, ...]
-    positions: tuple[int, ...]
 
 
 @dataclass(eq=False, slots=True)
@@ -47,26 +39,6 @@ class BlockCount:
     rows: int = 0
     sequences: int = 0
     merged: int = 0
-
-
-@dataclass(eq=False, slots=True)
-class _Running:
-    """A wave on its way: activations by the width of the stream, a row for each of the wave's, the
-    plans made so far, logits collected."""
-
-    wave: Wave
-    chain: ServedChain
-    cache: Cache
-    device: torch.device
-    streams: dict[int, Tensor] = field(default_factory=dict)
-    plans: dict[Members, Plan] = field(default_factory=dict)
-    logits: list[Logits] = field(default_factory=list)
-
-    def x(self, width: int) -> Tensor:
-        """The stream of that width [rows, width]."""
-        if width not in self.streams:
-            self.streams[width] = torch.empty(self.wave.num_rows, width, device=self.device)
-        return self.streams[width]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +61,7 @@ class Runner:
         self._ops = ops
         self._replays = replays
         self._memory = memory
-        self._requests = requests
+        self._boundaries = Boundaries(memory, requests)
         self._attachments = Attachments()
         self._units: dict[ChainId, tuple[ResidentUnit, ...]] = {}
         self._unit_bytes: dict[ChainId, tuple[int, ...]] = {}
@@ -97,6 +69,7 @@ class Runner:
         self._passages: OrderedDict[tuple[int, int, ChainId, Rows], Passage] = OrderedDict()
         self._laid: dict[Members, _Laid] = {}
         self._stages: tuple[Stage, ...] = ()
+        self._ends: Stage | None = None  # of these, the last but one, if the head has its rows
         self.counts: OrderedDict[int, BlockCount] = OrderedDict()
         self.prepare_s = 0.0
 
@@ -118,6 +91,10 @@ class Runner:
             self._replays.retain(lambda name: alive.issuperset(name[2:]))
 
     @property
+    def _takes_heads(self) -> bool:
+        return self._replays is not None and self._replays.takes_heads
+
+    @property
     def replays(self) -> dict[str, int]:
         """How often steps were captured and replayed, where the kernels have that."""
         if self._replays is None:
@@ -125,10 +102,13 @@ class Runner:
         counts = self._replays.counts
         return {"captured_steps": counts.captured, "replayed_steps": counts.replayed}
 
-    def run(self, wave: Wave) -> list[Logits]:
-        """Run a wave; KV goes to the pages, logits of the rows that need them come back."""
-        running = self._begin(wave)
+    def run(self, wave: Wave, *, greedy: bool = False) -> list[Logits]:
+        """Run a wave; KV goes to the pages, logits of the rows that need them come back, or if it
+        is `greedy` their likeliest tokens."""
+        running = self._begin(wave, greedy=greedy)
         for stage in wave.stages:
+            if greedy and stage is self._ends and self._conclude(running, stage):
+                break
             self._take(running, stage)
         return running.logits
 
@@ -172,35 +152,50 @@ class Runner:
 
     # ---- stages ---------------------------------------------------------------------------------
 
-    def _begin(self, wave: Wave) -> _Running:
+    def _begin(self, wave: Wave, *, greedy: bool = False) -> Running:
         if wave.stages is not self._stages:  # other steps: they do not follow the last wave's
             self._stages = wave.stages
+            ends = self._takes_heads and wave.decodes
+            self._ends = _before_head(wave.stages) if ends else None
             self._laid.clear()
         chain = wave.steps[0].request.chain
-        running = _Running(wave, chain, self._caches.of(chain.kv), self._ops.device)
+        running = Running(wave, greedy, chain, self._caches.of(chain.kv), self._ops.device)
         if not wave.decodes:
-            self._restore(running)
+            self._boundaries.restore(running)
         return running
 
-    def _take(self, running: _Running, stage: Stage) -> None:
+    def _take(self, running: Running, stage: Stage) -> None:
         if stage.last == len(stage.runs[0][0].units):
             self._count(stage)
             self._finish(running, stage)
         else:
             self._advance(running, stage)
 
-    def _advance(self, running: _Running, stage: Stage) -> None:
+    def _advance(self, running: Running, stage: Stage) -> None:
         if not stage.written:
             self._count(stage)
         self._pass(running, stage)
         if not stage.writes:
-            self._keep(running, stage)
+            self._boundaries.keep(running, stage)
 
-    def _pass(self, running: _Running, stage: Stage) -> None:
+    def _conclude(self, running: Running, stage: Stage) -> bool:
+        """Run the last stage and the head behind it as one captured step; False, and nothing done,
+        if there is none for them."""
+        head = running.wave.stages[-1]
+        passage = self._passage(stage, _longest(stage), head.last)
+        if not passage.replayable:
+            return False
+        best = self._replay(running, stage, passage, self._enter(running, stage, passage))
+        assert best is not None, "what takes heads takes any batch"
+        self._count(stage)
+        self._count(head)
+        running.logits.append(Logits(None, *_wanted(running.wave, head), best))
+        return True
+
+    def _pass(self, running: Running, stage: Stage) -> None:
         """Units of a stage, over its rows of x."""
-        # Chains that share units may be asked for at different lengths: rotary tables end there.
-        chain = max((c for c, _, _ in stage.runs), key=lambda c: c.context)
-        passage = self._passage(stage, chain)
+        chain = _longest(stage)
+        passage = self._passage(stage, chain, stage.last)
         at = layers.Context(
             self._ops,
             running.cache,
@@ -211,12 +206,8 @@ class Runner:
         if stage.writes:
             passage.write(running.x(chain.width(stage.first))[rows], at)
             return
-        if passage.embed is not None:
-            unit, worn = passage.embed
-            x = vocabulary.embed(unit, self._tokens(running.wave, stage), worn, at)
-        else:
-            x = running.x(chain.width(stage.first))[rows]
-        if not self._replay(running, stage, passage, x):
+        x = self._enter(running, stage, passage)
+        if self._replay(running, stage, passage, x) is None:
             x = passage.run(x, at)
         width = chain.width(stage.last)
         made = stage.first == 0 or chain.width(stage.first) != width
@@ -225,10 +216,18 @@ class Runner:
         elif made or not isinstance(stage.rows, slice):
             running.x(width)[rows] = x
 
-    def _passage(self, stage: Stage, chain: ServedChain) -> Passage:
-        """A stage's units as `chain` holds them, and what its rows wear."""
+    def _enter(self, running: Running, stage: Stage, passage: Passage) -> Tensor:
+        """What a stage's rows bring along, or their embeddings: x [rows, hidden]."""
+        if passage.embed is None:
+            return running.x(_longest(stage).width(stage.first))[self._rows(stage)]
+        unit, worn = passage.embed
+        at = layers.Context(self._ops, running.cache, self._plan(running, stage))
+        return vocabulary.embed(unit, self._tokens(running.wave, stage), worn, at)
+
+    def _passage(self, stage: Stage, chain: ServedChain, last: int) -> Passage:
+        """Units from a stage's first to `last` as `chain` holds them, and what its rows wear."""
         rows = self._attachments.select(tuple((c.id, a, b) for c, a, b in stage.runs))
-        key = (stage.first, stage.last, chain.id, rows)
+        key = (stage.first, last, chain.id, rows)
         passage = self._passages.get(key)
         if passage is None:
             units = self._units[chain.id]
@@ -239,20 +238,20 @@ class Runner:
                         *self._attachments.dress(i, chain.id, units[i], rows),
                         chain.layers[i],
                     )
-                    for i in range(stage.first, max(stage.last, stage.first + 1))
+                    for i in range(stage.first, max(last, stage.first + 1))
                 ]
             )
             if len(self._passages) > _KEPT_PASSAGES:
                 self._passages.popitem(last=False)
         return passage
 
-    def _replay(self, running: _Running, stage: Stage, passage: Passage, x: Tensor) -> bool:
-        """Run a stage as a captured step, if there is such a thing for it."""
+    def _replay(self, running: Running, stage: Stage, passage: Passage, x: Tensor) -> Tensor | None:
+        """Run a stage as a captured step, if there is such a thing for it; what it gives."""
         replays = self._replays
         if replays is None or not passage.replayable or stage.written:
-            return False
+            return None
         if not replays.takes_prompts and max(stage.counts) > 1:
-            return False
+            return None
         cache = running.cache
         return replays.run(
             (id(cache), passage.layer, *passage.units),
@@ -266,14 +265,8 @@ class Runner:
         """The rows of a stage, to index with."""
         return stage.rows if isinstance(stage.rows, slice) else self._ops.indices(stage.rows)
 
-    def _finish(self, running: _Running, stage: Stage) -> None:
+    def _finish(self, running: Running, stage: Stage) -> None:
         """The head, over the rows whose logits somebody wants."""
-        steps: list[Step] = []
-        positions: list[int] = []
-        for i in stage.steps:
-            step, wanted = running.wave.steps[i], running.wave.wanted[i]
-            steps += [step] * len(wanted)
-            positions += [step.span.first + row for row in wanted]
         chain = stage.runs[0][0]
         unit, worn = self._attachments.dress(
             stage.first,
@@ -284,8 +277,12 @@ class Runner:
         assert isinstance(unit, HeadUnit)
         at = layers.Context(self._ops, running.cache, self._plan(running, stage))
         x = running.x(chain.width(stage.first))[self._rows(stage)]
-        data = vocabulary.head(unit, x, worn, at)
-        running.logits.append(Logits(data, tuple(steps), tuple(positions)))
+        wanted = _wanted(running.wave, stage)
+        if running.greedy:
+            made = Logits(None, *wanted, vocabulary.best(unit, x, worn, at))
+        else:
+            made = Logits(vocabulary.head(unit, x, worn, at), *wanted)
+        running.logits.append(made)
 
     def _tokens(self, wave: Wave, stage: Stage) -> np.ndarray:
         """Token ids of a stage's rows, int64."""
@@ -295,7 +292,7 @@ class Runner:
         ]
         return np.concatenate(parts).astype(np.int64)
 
-    def _plan(self, running: _Running, stage: Stage) -> Plan:
+    def _plan(self, running: Running, stage: Stage) -> Plan:
         """The attention plan of a stage's rows, made once per wave."""
         plan = running.plans.get(stage.members)
         if plan is None:
@@ -345,48 +342,29 @@ class Runner:
         chain = request.chain
         self._caches.fill(request, self._attachments.prefixes(chain.id) if chain.seeded else ())
 
-    def _keep(self, running: _Running, stage: Stage) -> None:
-        """Keep the activations of full prompt pages where other chains part from this one."""
-        page = self._memory.page
-        for i in stage.steps:
-            step = running.wave.steps[i]
-            chain = step.request.chain
-            if not step.request.is_prefilling or stage.last not in chain.branches:
-                continue
-            if stage.last >= chain.full_depth:
-                continue
-            first = -(-step.span.first // page)
-            for column in range(first, step.end // page):
-                row = int(running.wave.starts[i]) + column * page - step.span.first
-                self._store(running, step, stage.last, column, row)
 
-    def _store(self, running: _Running, step: Step, depth: int, column: int, row: int) -> None:
-        flat = _as_floats(running.cache)
-        width = step.request.chain.width(depth)
-        x = running.x(width)[row : row + self._memory.page].reshape(-1)
-        pages = -(-x.numel() // flat.shape[1])
-        ids = self._requests.keep_boundary(step.request, column, depth, pages)
-        if ids is not None:
-            padded = x.new_zeros(pages * flat.shape[1])
-            padded[: x.numel()] = x
-            flat[torch.from_numpy(ids).long()] = padded.view(pages, -1)
-
-    def _restore(self, running: _Running) -> None:
-        """Put kept activations where steps enter above the bottom."""
-        page = self._memory.page
-        flat = _as_floats(running.cache)
-        for i, step in enumerate(running.wave.steps):
-            if step.span.depth == 0:
-                continue
-            width = step.request.chain.width(step.span.depth)
-            x = running.x(width)
-            for column in range(step.span.first // page, step.end // page):
-                ids = step.request.held[column].boundaries[step.span.depth]
-                row = int(running.wave.starts[i]) + column * page - step.span.first
-                kept = flat[torch.from_numpy(ids).long()].view(-1)[: page * width]
-                x[row : row + page] = kept.view(page, -1)
+def _longest(stage: Stage) -> ServedChain:
+    """Of the chains that pass a stage, the one asked for at the greatest length: rotary tables of
+    units that they share end there."""
+    return max((chain for chain, _, _ in stage.runs), key=lambda chain: chain.context)
 
 
-def _as_floats(cache: Cache) -> Tensor:
-    """Pages as float32 [pages, floats of a page], whatever KV they hold: activations stay exact."""
-    return cache.data.view(len(cache.data), -1).view(torch.float32)
+def _before_head(stages: Sequence[Stage]) -> Stage | None:
+    """The last stage before the head, where the head has just its rows."""
+    if len(stages) < 2:
+        return None
+    stage, head = stages[-2:]
+    follows = (stage.last, stage.members, stage.runs) == (head.first, head.members, head.runs)
+    lies = isinstance(stage.rows, slice) and stage.rows == head.rows
+    return stage if follows and lies and not stage.written and not stage.writes else None
+
+
+def _wanted(wave: Wave, stage: Stage) -> tuple[tuple[Step, ...], tuple[int, ...]]:
+    """The step and the position of each row whose logits somebody wants."""
+    steps: list[Step] = []
+    positions: list[int] = []
+    for i in stage.steps:
+        step, wanted = wave.steps[i], wave.wanted[i]
+        steps += [step] * len(wanted)
+        positions += [step.span.first + row for row in wanted]
+    return tuple(steps), tuple(positions)

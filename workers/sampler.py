@@ -111,6 +111,12 @@ class Sampler:
         return counts
 
 
+def is_greedy(s: Sampling) -> bool:
+    """Whether the likeliest token is all that a request wants of its logits."""
+    scored = s.logprobs >= 0 or s.prompt_logprobs >= 0
+    return s.temperature <= 0 and not scored and not is_shaped(s)
+
+
 def is_shaped(s: Sampling) -> bool:
     """Whether logits are changed by what a request asks for, or by its tokens so far."""
     return bool(s.logit_bias or s.allowed_token_ids or s.min_tokens) or _has_penalties(s)

@@ -69,6 +69,18 @@ def head(unit: HeadUnit, x: Tensor, worn: Worn, at: Context) -> Tensor:
     return logits if unit.scale == 1.0 else logits.mul_(unit.scale)
 
 
+def best(unit: HeadUnit, x: Tensor, worn: Worn, at: Context) -> Tensor:
+    """x [rows, hidden] -> the likeliest token of each row, int64 [rows]: the argmax of `head`."""
+    if ends_in_best(unit, worn):
+        return at.ops.best(x, unit.norm, unit.output, worn.linears.get("head"))
+    return at.ops.argmax(head(unit, x, worn, at))
+
+
+def ends_in_best(unit: HeadUnit, worn: Worn) -> bool:
+    """Whether the likeliest tokens are what its one linear gives most for."""
+    return unit.scale == 1.0 and not worn.head
+
+
 def _with_own_rows(unit: HeadUnit, x: Tensor, logits: Tensor, worn: Worn, at: Context) -> Tensor:
     width = max(logits.shape[1], *(run.rows.width for run in worn.head))
     if width > logits.shape[1]:

@@ -32,7 +32,7 @@ from workers.provision import Provision
 from workers.requests import Request, Requests, laid_out
 from workers.residency import Eviction, LoadFailure, Residency
 from workers.runner import Runner
-from workers.sampler import Sampler
+from workers.sampler import Sampler, is_greedy
 from workers.warmup import warm_up
 
 _log = logging.getLogger(__name__)
@@ -84,6 +84,7 @@ class Worker:
         self._opened: dict[wire.RequestId, wire.Open] = {}
         self._turns: dict[Group, int] = {}
         self._last_wave: tuple[Wave, int] = (arrange([]), 0)
+        self._greedy = False  # whether of its rows only the likeliest tokens are wanted
         self._counters = dict.fromkeys(("prompt_tokens", "dropped_messages", "failed_requests"), 0)
         self.clock = Clock()
         self.steps = 0
@@ -250,7 +251,7 @@ class Worker:
         self.clock.decide += decided - began
         try:
             with torch.inference_mode():
-                logits = self._runner.run(wave)
+                logits = self._runner.run(wave, greedy=self._greedy)
                 ran = time.perf_counter()
                 self.clock.ops += ran - decided
                 self._outcomes.take(wave, logits)
@@ -284,6 +285,7 @@ class Worker:
                 guesses=guesses,
             )
             wave = arrange(steps)
+            self._greedy = all(is_greedy(step.request.sampling) for step in steps)
         self._last_wave = (wave, self._chains.cuts)
         return wave if wave.steps else None
 

@@ -24,6 +24,4 @@ BLOCKLLM_EXPORT void blockllm_scale(blockllm::Pool* pool, const blockllm::ScaleC
 BLOCKLLM_EXPORT void blockllm_detour(blockllm::Pool* pool, const blockllm::DetourCall* call);
 BLOCKLLM_EXPORT void blockllm_split(blockllm::Pool* pool, const blockllm::SplitCall* call);
 BLOCKLLM_EXPORT void blockllm_replay(blockllm::Pool* pool, const blockllm::ReplayCall* call);
-BLOCKLLM_EXPORT void blockllm_argmax(blockllm::Pool* pool, const blockllm::SelectCall* call);
-BLOCKLLM_EXPORT void blockllm_top_k(blockllm::Pool* pool, const blockllm::SelectCall* call);
-BLOCKLLM_EXPORT void blockllm_log_sum_exp(blockllm::Pool* pool, const blockllm::SelectCall* call);
+BLOCKLLM_EXPORT void blockllm_argmax(blockllm::Pool* pool, const blockllm::ArgmaxCall* call);

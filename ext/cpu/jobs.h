@@ -119,6 +119,11 @@ struct Jobs {
   void write(const LinearCall& linear, int64_t panel, const Chunk& chunk, const float* sums) const {
     const Rows& rows = chunk.rows;
     static_assert(!kHasTiles || kPanel == kDepth);
+    if (p.bests) {
+      const int64_t column = panel * kPanel;
+      return p.bests.take(Pool::thread(), rows, column,
+                          std::min(kPanel, linear.matrix->out - column), sums);
+    }
     if (pieces != nullptr)
       return cut_column(chunk.cut.groups, panel * kPanel, sums, linear.matrix->out, pieces);
     const bool passes = kPassesCaches && in_tiles(linear) && p.chunks > 1 &&

@@ -127,7 +127,12 @@ void blockllm::project(Pool* pool, const ProjectCall& call, Errand* errand,
   float* plain = norms && reads_plain ? scratch<kRows>(call.rows * call.width) : nullptr;
   if (norms) p.plain = plain;
   p.group_sums = room_for_sums(call);
+  if (call.mode == Mode::kBest) {
+    const int64_t threads = pool->threads();
+    p.bests = {scratch<kBests, Best>(Bests::size(call.rows, threads)), call.rows, threads};
+  }
   p.chunks == 1 ? project_one_chunk(pool, p, plain, through) : project_chunks(pool, p, plain);
+  if (p.bests) p.bests.write(reinterpret_cast<int64_t*>(call.linears[0].out));
 }
 
 void blockllm::foresee(Pool* pool, const ProjectCall& call) {

@@ -1,6 +1,7 @@
 // A projection under way: the call, how its rows and panels are shared out, and the products of one
 // task.
 #pragma once
+#include "best.h"
 #include "errand.h"
 #include "grouped.h"
 #include "lora.h"
@@ -69,8 +70,11 @@ struct Projection {
   const float* plain = nullptr;          // rows [rows, width], normalized; null: nothing reads them
   const float* const* shrunk = nullptr;  // of each linear layer
   float* group_sums = nullptr;           // of the rows, where weights are codes with offsets
+  Bests bests = {};                      // of the rows, where nothing else is wanted
   Errand* errand = nullptr;
 
+  // Whether results are written, of many rows.
+  bool writes_many() const { return chunks > 1 && !bests; }
   // Of panels, whole groups, so that most tiles are full.
   Rows chunk(int64_t i) const {
     if (has_tiles || chunks == 1) return part(call.rows, chunks, i);
@@ -159,7 +163,7 @@ void multiply(const Projection& p, const LinearCall& linear, const Rows& panels,
         const Stream soon = source.next(taken, tile, g);
         const Stream later =
             patch_piece(linear, (i * tiles + t) * groups + g, panels, run.count, soon);
-        if (p.chunks > 1) {
+        if (p.writes_many()) {
           const Rows some = part(group.count, source.runs(), i);
           fetch_target(linear, panels.first + tile.first,
                        {chunk.rows.first + group.first + some.first, some.count});
@@ -177,7 +181,7 @@ void multiply(const Projection& p, const LinearCall& linear, const Rows& panels,
 inline void multiply_codes(const Projection& p, const LinearCall& linear, const Rows& panels,
                            const Chunk& chunk, float* sums) {
   const Rows& rows = chunk.rows;
-  if (p.chunks > 1) fetch_target(linear, panels.first, rows);
+  if (p.writes_many()) fetch_target(linear, panels.first, rows);
   const GroupedCall call{*linear.matrix, panels,
                          rows.count,     chunk.packed,
                          p.group_sums == nullptr ? nullptr : p.group_sums + rows.first, p.call.rows};

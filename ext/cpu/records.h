@@ -85,9 +85,10 @@ struct LinearCall {
   const Patch* patch;  // null: none
 };
 
-// What becomes of the results: out = y; out += y; or, of two linears, gate and up, of which only up
-// has an `out`: out = act(gate) * up.
-enum class Mode : int64_t { kStore = 0, kAdd = 1, kGate = 2 };
+// What becomes of the results: out = y; out += y; of two linears, gate and up, of which only up has
+// an `out`: out = act(gate) * up; or of one, where `out` is int64 [rows]: the place of each row's
+// largest result, of equals the first.
+enum class Mode : int64_t { kStore = 0, kAdd = 1, kGate = 2, kBest = 3 };
 
 struct ProjectCall {
   const float* x;  // [rows, width]
@@ -218,11 +219,10 @@ struct ReplayCall {
   Replayed calls[1];  // `count` of them follow
 };
 
-struct SelectCall {
+struct ArgmaxCall {
   const float* logits;  // [rows, width]
-  int64_t rows, width, k;
-  int64_t* ids;   // [rows, k] (argmax: k = 1)
-  float* values;  // [rows, k]; log_sum_exp: [rows]
+  int64_t rows, width;
+  int64_t* ids;  // [rows]
 };
 
 }  // namespace blockllm

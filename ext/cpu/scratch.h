@@ -25,6 +25,7 @@ enum Use {
   kShrunk,
   kShrunkStarts,
   kShrinkTasks,
+  kBests,
   // bottlenecks
   kDetourRows,
   kDetourSums,
@@ -45,8 +46,6 @@ enum Use {
   kPartial,
   kSpanResult,
   kState,
-  // candidates of top-k
-  kChosen,
 };
 
 constexpr size_t kHugePage = size_t{2} << 20;

@@ -10,7 +10,7 @@ namespace {
 // Whether a thread can take its chunks of rows through a call as through the first one.
 bool goes_along(const ProjectCall& first, const ProjectCall& call, int64_t threads) {
   const Projection p = projection_of(call, threads);
-  return p.shrinks_cut && call.rows == first.rows && p.chunks > 1 && p.chunks % threads == 0 &&
+  return p.shrinks_cut && call.mode != Mode::kBest && call.rows == first.rows && p.chunks > 1 && p.chunks % threads == 0 &&
          p.chunks == projection_of(first, threads).chunks;
 }
 

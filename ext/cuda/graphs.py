@@ -22,7 +22,7 @@ BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _FEWEST_PAGES = 16
 
 # Some units over activations x [rows, hidden], in place, with one patch for each linear of theirs.
-Step = Callable[[Tensor, CudaPlan, Sequence[Patch | None]], None]
+Step = Callable[[Tensor, CudaPlan, Sequence[Patch | None]], Tensor]
 Forms = tuple[Form | None, ...]
 
 
@@ -83,7 +83,7 @@ class Graphs:
     """Captured decode steps of one device; at most `capacity` of them are kept. See
     `ext.replays.Replays`."""
 
-    takes_prompts = False
+    takes_prompts = takes_heads = False
 
     def __init__(self, device: torch.device, capacity: int = 64) -> None:
         self.device = device
@@ -105,13 +105,13 @@ class Graphs:
         batch: tuple[CudaPlan, int],
         patches: Sequence[Patch | None],
         step: Step,
-    ) -> bool:
+    ) -> Tensor | None:
         """See `ext.replays.Replays.run`."""
         plan, scratch = batch
         geometry = plan.geometry
         bucket = next((b for b in BUCKETS if b >= len(x)), None)
         if bucket is None:
-            return False
+            return None
         _, layers, used = geometry.tables.shape
         pages = max(_FEWEST_PAGES, 1 << (used - 1).bit_length())
         forms = tuple(None if p is None else drafted(p, len(x)).form for p in patches)
@@ -129,8 +129,7 @@ class Graphs:
             captured.load(x, geometry, patches)
             captured.replay()
             self.counts.replayed += 1
-        x.copy_(captured.x[: len(x)])
-        return True
+        return x.copy_(captured.x[: len(x)])
 
     def retain(self, keeps: Callable[[tuple[int, ...]], bool]) -> None:
         """See `ext.replays.Replays.retain`."""

@@ -57,31 +57,3 @@ def test_argmax_is_the_first_of_the_largest(ops: CpuOps, width: int) -> None:
     logits[1, width // 2 :] = 9.0
     logits[2] = -torch.inf
     assert ops.argmax(logits).tolist() == [row.tolist().index(max(row.tolist())) for row in logits]
-
-
-@pytest.mark.parametrize(
-    ("width", "k"), [(1, 1), (9, 9), (70, 8), (1000, 1000), (49_152, 50), (50_257, 1024)]
-)
-def test_top_k_is_the_stable_sort(ops: CpuOps, width: int, k: int) -> None:
-    logits = torch.randn(4, width)
-    logits[1] = torch.randint(0, 5, (width,)).float()
-    logits[2] = torch.arange(width)
-    logits[3] = -torch.arange(width)
-    values, ids = ops.top_k(logits, k)
-    expected = logits.sort(dim=1, descending=True, stable=True)
-    assert torch.equal(values, expected.values[:, :k])
-    assert torch.equal(ids, expected.indices[:, :k])
-
-
-@pytest.mark.parametrize("width", [1, 7, 64, 49_153])
-def test_log_sum_exp(ops: CpuOps, width: int) -> None:
-    logits = torch.randn(6, width) * 10
-    logits[1] = -torch.inf
-    logits[2, 0] = 300.0
-    expected = torch.logsumexp(logits.double(), 1)
-    torch.testing.assert_close(ops.log_sum_exp(logits).double(), expected, rtol=1e-6, atol=1e-6)
-
-
-def test_refuses_to_choose_more_than_there_is(ops: CpuOps) -> None:
-    with pytest.raises(ValueError, match="top 4 of 3"):
-        ops.top_k(torch.randn(2, 3), 4)

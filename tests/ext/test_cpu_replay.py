@@ -51,7 +51,7 @@ class Layer:
     def linears(self) -> list[Linear]:
         return [*self.inputs, self.output, *self.inner, self.down]
 
-    def step(self, x: Tensor, plan: CpuPlan, patches: Sequence[Patch | None]) -> None:
+    def step(self, x: Tensor, plan: CpuPlan, patches: Sequence[Patch | None]) -> Tensor:
         ops, given, n = self.ops, list(patches), len(self.inputs)
         parts = ops.project(x, self.norms[0], self.inputs, given[:n])
         if self.fused:
@@ -67,6 +67,7 @@ class Layer:
         else:
             y = ops.project_gated(x, self.norms[2], self.inner, given[n + 1 : -1], "silu")
         self.add(x, y, self.down, given[-1], self.norms[3])
+        return x
 
     def add(self, x: Tensor, y: Tensor, linear: Linear, patch: Patch | None, norm: Norm) -> None:
         if not self.fused:
@@ -84,7 +85,7 @@ class Plain(Layer):
         self.inner = [self.linear(4 * HIDDEN, HIDDEN)]
         self.down = self.linear(HIDDEN, 4 * HIDDEN)
 
-    def step(self, x: Tensor, plan: CpuPlan, patches: Sequence[Patch | None]) -> None:
+    def step(self, x: Tensor, plan: CpuPlan, patches: Sequence[Patch | None]) -> Tensor:
         ops, (on_inputs, on_output, on_inner, on_down) = self.ops, patches
         (both,) = ops.project(x, self.norms[0], self.inputs, [on_inputs])
         q, k, v = ops.split(both, KV_HEADS, (WIDTH // KV_HEADS, DIM, DIM))
@@ -92,6 +93,7 @@ class Plain(Layer):
         ops.accumulate(x, y, self.output, on_output)
         (up,) = ops.project(x, self.norms[2], self.inner, [on_inner])
         ops.accumulate(x, ops.activate(None, up, "gelu"), self.down, on_down)
+        return x
 
 
 class Stack(Layer):
@@ -106,16 +108,34 @@ class Stack(Layer):
     def linears(self) -> list[Linear]:
         return [linear for layer in self.layers for linear in layer.linears]
 
-    def step(self, x: Tensor, plan: CpuPlan, patches: Sequence[Patch | None]) -> None:
+    def step(self, x: Tensor, plan: CpuPlan, patches: Sequence[Patch | None]) -> Tensor:
         at = 0
         for layer in self.layers:
             end = at + len(layer.linears)
             layer.step(x, plan, patches[at:end])
             at = end
+        return x
+
+
+class Headed(Stack):
+    """The same with a head behind it, of which the best of each row is wanted."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        super().__init__(layers)
+        self.head = self.layers[0].linear(300, HIDDEN)
+
+    @property
+    def linears(self) -> list[Linear]:
+        return [*super().linears, self.head]
+
+    def step(self, x: Tensor, plan: CpuPlan, patches: Sequence[Patch | None]) -> Tensor:
+        super().step(x, plan, patches[:-1])
+        return self.ops.best(x, self.layers[0].norms[0], self.head, patches[-1])
 
 
 def stack(ops: CpuOps, kind: str) -> Stack:
-    return Stack([Plain(ops) if kind == "plain" else Layer(ops, fused=False) for _ in range(3)])
+    made = Headed if kind == "headed" else Stack
+    return made([Plain(ops) if kind == "plain" else Layer(ops, fused=False) for _ in range(3)])
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["exact", "rounding"])
@@ -163,11 +183,12 @@ def assert_replays(
     plan = layer.ops.plan(place)
     x = random(place.num_rows, HIDDEN)
     before, expected = layer.cache.data.clone(), x.clone()
-    layer.step(expected, plan, patches)
+    results = layer.step(expected, plan, patches)
     pages = layer.cache.data.clone()
     layer.cache.data.copy_(before)
-    assert recordings.run((id(layer),), x, (plan, 0), patches, layer.step)
-    assert torch.equal(x, expected)
+    given = recordings.run((id(layer),), x, (plan, 0), patches, layer.step)
+    assert torch.equal(given, results)
+    assert (given is x) == (results is expected)
     assert torch.equal(layer.cache.data, pages)
 
 
@@ -202,6 +223,15 @@ def test_a_recording_serves_fewer_rows_and_more(ops: CpuOps, fused: bool) -> Non
     assert counts(recordings) == (1, 7)
 
 
+@pytest.mark.parametrize("bare", [True, False])
+def test_a_step_may_end_in_the_best_of_each_row(ops: CpuOps, bare: bool) -> None:
+    recordings, layers = Recordings(ops), stack(ops, "headed")
+    for rows in (1, 2, 9, 30, 17, 1, 2):
+        worn = nothing(layers) if bare else adapters(layers, [(0, rows, 3)])
+        assert_replays(recordings, layers, [1 + 3 * i for i in range(rows)], worn)
+    assert counts(recordings) == (4, 3)
+
+
 # Together two threads have two chunks of rows, and more; pages do not suffice for other sequences.
 PROMPTS = [([150], [150]), ([140, 3, 9], [140, 3, 1]), ([300], [257]), ([290], [290])]
 
@@ -220,7 +250,7 @@ def test_prompts_are_replayed_too(ops: CpuOps, fused: bool, bare: bool) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("bare", [True, False])
-@pytest.mark.parametrize("kind", ["gated", "plain"])
+@pytest.mark.parametrize("kind", ["gated", "plain", "headed"])
 def test_rows_pass_several_layers(kind: str, bare: bool, threads: int) -> None:
     ops = CpuOps(threads=threads, rounding=True)
     recordings, layers = Recordings(ops), stack(ops, kind)

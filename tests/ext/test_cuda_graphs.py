@@ -37,10 +37,11 @@ class Layer:
         self.how = Attention(DIM**-0.5, OPS.rotary([0.1] * 6, 1.0, False, 600), window=200)
         self.cache = Cache(random(SCRATCH + 1, 2, 16, KV_HEADS, DIM))
 
-    def step(self, x: Tensor, plan: CudaPlan, patches: list[Patch | None]) -> None:
+    def step(self, x: Tensor, plan: CudaPlan, patches: list[Patch | None]) -> Tensor:
         q, k, v = OPS.project(x, self.norm, self.inputs, patches[:3])
         y = OPS.attend(q, k, v, self.how, Place(self.cache, 1, plan))
         OPS.accumulate(x, y, self.output, patches[3])
+        return x
 
 
 def random(*shape: int) -> Tensor:
@@ -78,7 +79,7 @@ def assert_replays(
     layer.step(expected, OPS.plan(place), patches)
     pages = layer.cache.data.clone()
     layer.cache.data.copy_(before)
-    assert graphs.run((1,), x, (OPS.plan(place), SCRATCH), patches, layer.step)
+    assert graphs.run((1,), x, (OPS.plan(place), SCRATCH), patches, layer.step) is x
     torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(layer.cache.data[:SCRATCH], pages[:SCRATCH])
 
@@ -130,5 +131,5 @@ def test_the_least_used_capture_leaves_and_too_large_a_batch_is_left_alone() -> 
     x = random(300, HIDDEN)
     untouched = x.clone()
     batch = (OPS.plan(geometry([2] * 300)), SCRATCH)
-    assert not graphs.run((1,), x, batch, plain, layer.step)
+    assert graphs.run((1,), x, batch, plain, layer.step) is None
     assert torch.equal(x, untouched)

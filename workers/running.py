@@ -1,0 +1,45 @@
+"""A wave on its way through its stages: its activations, the plans made for it, what it leaves."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ext.ops import Cache, Plan
+from workers.batcher import Members, Step, Wave
+from workers.chains import ServedChain
+
+
+@dataclass(frozen=True, slots=True)
+class Logits:
+    """What a wave leaves of some rows: row i belongs to step `steps[i]` at position `positions[i]`.
+    `data` are logits [n, vocabulary], float32 on the device, where rows of narrower variants end in
+    -inf; or None, where only the likeliest tokens are wanted: `best`, int64 [n], which lie there
+    until the next wave."""
+
+    data: Tensor | None
+    steps: tuple[Step, ...]
+    positions: tuple[int, ...]
+    best: Tensor | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Running:
+    """A wave on its way: activations by the width of the stream, a row for each of the wave's, the
+    plans made so far, logits collected. If it is `greedy`, the likeliest tokens are all that is
+    wanted."""
+
+    wave: Wave
+    greedy: bool
+    chain: ServedChain
+    cache: Cache
+    device: torch.device
+    streams: dict[int, Tensor] = field(default_factory=dict)
+    plans: dict[Members, Plan] = field(default_factory=dict)
+    logits: list[Logits] = field(default_factory=list)
+
+    def x(self, width: int) -> Tensor:
+        """The stream of that width [rows, width]."""
+        if width not in self.streams:
+            self.streams[width] = torch.empty(self.wave.num_rows, width, device=self.device)
+        return self.streams[width]
