@@ -64,7 +64,7 @@ def _move(geometry: Geometry, last: CpuPlan) -> CpuPlan:
     addresses = (*last.addresses[:2], positions.ctypes.data, last.addresses[3])
     rows, (_, layers, pages) = last.num_rows, geometry.tables.shape
     record = native.Record(native.PLAN.pack(*addresses, rows, rows, layers, pages))
-    highest = int(geometry.contexts.max())
+    highest = max(geometry.contexts.tolist())
     return CpuPlan(geometry, rows, layers, highest, positions, arrays, addresses, record)
 
 

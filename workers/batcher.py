@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import msgspec
 import numpy as np
 
 from workers.chains import ServedChain
@@ -22,8 +23,7 @@ Piece = tuple[int, int, int]
 Members = tuple[tuple[int, ...], tuple[int, ...]]
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(msgspec.Struct, frozen=True, gc=False):
     """The next `count` positions of a request, entering its chain at `span.depth`; at the last
     `guesses` of them stand tokens that were guessed."""
 

@@ -70,7 +70,8 @@ def run(argument: str) -> int:
     )
     socket.send(wire.encode(worker.hello()))
     try:
-        _serve(worker, socket, config.heartbeat_s, commits=commits)
+        with torch.inference_mode():
+            _serve(worker, socket, config.heartbeat_s, commits=commits)
     finally:
         worker.close()
         gauge.stop()

@@ -41,6 +41,23 @@ class BlockCount:
     merged: int = 0
 
 
+class _Tally:
+    """What a stage adds to its block's count each time that it runs."""
+
+    def __init__(self, total: BlockCount, stage: Stage) -> None:
+        self._total = total
+        self._rows = sum(last - first for _, first, last in stage.runs)
+        self._sequences = len(stage.steps)
+        self._merged = len(stage.runs) > 1
+
+    def count(self) -> None:
+        """The stage has run."""
+        self._total.runs += 1
+        self._total.rows += self._rows
+        self._total.sequences += self._sequences
+        self._total.merged += self._merged
+
+
 @dataclass(frozen=True, slots=True)
 class _Laid:
     """What stays of some steps while they decode: page tables of so many columns, first rows, and
@@ -69,6 +86,7 @@ class Runner:
         self._passages: OrderedDict[tuple[int, int, ChainId, Rows], Passage] = OrderedDict()
         self._laid: dict[Members, _Laid] = {}
         self._stages: tuple[Stage, ...] = ()
+        self._tallies: list[_Tally] = []
         self._ends: Stage | None = None  # of these, the last but one, if the head has its rows
         self.counts: OrderedDict[int, BlockCount] = OrderedDict()
         self.prepare_s = 0.0
@@ -110,6 +128,8 @@ class Runner:
             if greedy and stage is self._ends and self._conclude(running, stage):
                 break
             self._take(running, stage)
+        for tally in self._tallies:
+            tally.count()
         return running.logits
 
     def time(self, wave: Wave) -> list[float]:
@@ -157,6 +177,11 @@ class Runner:
             self._stages = wave.stages
             ends = self._takes_heads and wave.decodes
             self._ends = _before_head(wave.stages) if ends else None
+            self._tallies = [
+                _Tally(self.counts.setdefault(stage.block, BlockCount()), stage)
+                for stage in wave.stages
+                if _is_first(stage)
+            ]
             self._laid.clear()
         chain = wave.steps[0].request.chain
         running = Running(wave, greedy, chain, self._caches.of(chain.kv), self._ops.device)
@@ -166,14 +191,11 @@ class Runner:
 
     def _take(self, running: Running, stage: Stage) -> None:
         if stage.last == len(stage.runs[0][0].units):
-            self._count(stage)
             self._finish(running, stage)
         else:
             self._advance(running, stage)
 
     def _advance(self, running: Running, stage: Stage) -> None:
-        if not stage.written:
-            self._count(stage)
         self._pass(running, stage)
         if not stage.writes:
             self._boundaries.keep(running, stage)
@@ -187,8 +209,6 @@ class Runner:
             return False
         best = self._replay(running, stage, passage, self._enter(running, stage, passage))
         assert best is not None, "what takes heads takes any batch"
-        self._count(stage)
-        self._count(head)
         running.logits.append(Logits(None, *_wanted(running.wave, head), best))
         return True
 
@@ -304,8 +324,8 @@ class Runner:
     def _lay(self, wave: Wave, stage: Stage) -> _Laid:
         """Tables and plan of some rows of a wave, from those of the wave that it follows."""
         steps = [wave.steps[i] for i in stage.steps]
-        contexts = np.array([s.end for s in steps], np.int32)
-        columns = self._memory.pages(int(contexts.max()))
+        ends = [step.end for step in steps]
+        columns = self._memory.pages(max(ends))
         last = self._laid.get(stage.members)
         if last is not None and last.columns == columns:
             starts, tables = last.starts, last.tables
@@ -315,21 +335,10 @@ class Runner:
             layers = max(s.request.chain.num_layers for s in steps)
             tables = self._memory.tables([s.request.slot for s in steps], layers, columns)
             last = None
-        geometry = Geometry(starts, contexts, tables)
+        geometry = Geometry(starts, np.array(ends, np.int32), tables)
         plan = self._ops.plan(geometry, None if last is None else last.plan)
         made = self._laid[stage.members] = _Laid(columns, starts, tables, plan)
         return made
-
-    def _count(self, stage: Stage) -> None:
-        count = self.counts.setdefault(stage.block, BlockCount())
-        first_piece = stage.first == next(
-            b.first for b in stage.runs[0][0].blocks if b.key == stage.block
-        )
-        if first_piece:
-            count.runs += 1
-            count.rows += sum(last - first for _, first, last in stage.runs)
-            count.sequences += len(stage.steps)
-            count.merged += len(stage.runs) > 1
 
     # ---- pages ----------------------------------------------------------------------------------
 
@@ -349,6 +358,12 @@ def _longest(stage: Stage) -> ServedChain:
     return max((chain for chain, _, _ in stage.runs), key=lambda chain: chain.context)
 
 
+def _is_first(stage: Stage) -> bool:
+    """Whether a stage begins its block, whose other pieces carry the same rows on."""
+    begins = (block.first for block in stage.runs[0][0].blocks if block.key == stage.block)
+    return stage.first == next(begins) and not stage.written
+
+
 def _before_head(stages: Sequence[Stage]) -> Stage | None:
     """The last stage before the head, where the head has just its rows."""
     if len(stages) < 2:
@@ -361,6 +376,9 @@ def _before_head(stages: Sequence[Stage]) -> Stage | None:
 
 def _wanted(wave: Wave, stage: Stage) -> tuple[tuple[Step, ...], tuple[int, ...]]:
     """The step and the position of each row whose logits somebody wants."""
+    if wave.decodes and wave.num_rows == len(wave.steps):
+        decoding = tuple(wave.steps[i] for i in stage.steps)
+        return decoding, tuple(step.span.first for step in decoding)
     steps: list[Step] = []
     positions: list[int] = []
     for i in stage.steps:
