@@ -62,8 +62,8 @@ template <int M, int P>
     for (int p = 0; p < P; ++p) {
       const uint16_t* at = weights + p * apart + pair * kDepth;
       if constexpr (P > 1) {
-        _mm_prefetch(soon.at + p * soon.apart, _MM_HINT_T0);
-        _mm_prefetch(soon.at + p * soon.apart + 64, _MM_HINT_T0);
+        _mm_prefetch(soon.at + p * soon.apart, kOnce);
+        _mm_prefetch(soon.at + p * soon.apart + 64, kOnce);
       }
       w[p][0] = pairs(at);
       w[p][1] = pairs(at + kTileWeights);
@@ -72,7 +72,7 @@ template <int M, int P>
   }
 }
 
-// The same of one panel, whose weights are a block, folded. After each piece of it as many lines are
+// The same of one panel, whose weights are a block, folded. Before each piece of it as many lines are
 // fetched: up to four, without a loop, so that one which is not due is asked for again.
 template <int M>
 [[gnu::always_inline]] inline void multiply_block(const uint16_t* rows, const FoldedBlock& block,
@@ -82,10 +82,10 @@ template <int M>
 #pragma GCC unroll 1
   for (int64_t piece = 0; piece < kPieces; ++piece, soon += lines * 64) {
     if (lines > 0) {
-      _mm_prefetch(soon, _MM_HINT_T0);
-      _mm_prefetch(soon + second, _MM_HINT_T0);
-      _mm_prefetch(soon + third, _MM_HINT_T0);
-      _mm_prefetch(soon + last, _MM_HINT_T0);
+      _mm_prefetch(soon, kOnce);
+      _mm_prefetch(soon + second, kOnce);
+      _mm_prefetch(soon + third, kOnce);
+      _mm_prefetch(soon + last, kOnce);
     }
     Bytes taken[4];
     block.take(2 * piece, taken[0], taken[1]);
@@ -120,7 +120,7 @@ void multiply_rows(const TileRun& run) {
                             : P == 1 && folded ? unfold_apart<TileOrder>(folded.block(step))
                                                : run.weights.at + step * kStepWeights;
     for (int piece = 0; piece < PIECES; ++piece, rows += M * kDepth) {
-      fetching.template next<_MM_HINT_T0>();
+      fetching.template next<kOnce>();
       if (in_registers) {
         if constexpr (P == 1)
           multiply_block<M>(rows, FoldedBlock(folded.block(step)), soon.at, lines, sums);

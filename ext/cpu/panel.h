@@ -15,6 +15,10 @@ namespace blockllm {
 
 constexpr int64_t kPanel = 2 * kLanes;
 
+// How weights are fetched: past the caches beyond the first, since a step reads them once and would
+// push out what it reads again (activations, pages, the interpreter).
+constexpr _mm_hint kOnce = _MM_HINT_NTA;
+
 inline int64_t panels_of(int64_t out) { return (out + kPanel - 1) / kPanel; }
 
 struct Float32 {

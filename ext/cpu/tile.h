@@ -104,7 +104,7 @@ class Fetches {
   // Before kAtOnce inputs.
   void next() {
     if constexpr (P > 1) return;
-    advance<_MM_HINT_T0>(soon_, soon_end_, call_.soon.pace);
+    advance<kOnce>(soon_, soon_end_, call_.soon.pace);
     advance<_MM_HINT_T0>(later_, later_end_, call_.later.pace);
     advance<_MM_HINT_T1>(far_, far_end_, call_.far.pace);
   }
@@ -113,7 +113,7 @@ class Fetches {
   void next_input() {
     if constexpr (P == 1) return;
 #pragma GCC unroll 4
-    for (int p = 0; p < P; ++p) _mm_prefetch(soon_ + p * call_.soon.apart, _MM_HINT_T0);
+    for (int p = 0; p < P; ++p) _mm_prefetch(soon_ + p * call_.soon.apart, kOnce);
     soon_ += call_.soon.pace;
   }
 

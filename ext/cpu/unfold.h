@@ -66,12 +66,12 @@ template <class Order>
 [[gnu::always_inline]] inline void unfold_block(const char* block, int64_t ahead, uint16_t* to) {
   const auto& head = *reinterpret_cast<const BlockHead*>(block);
   const FoldedBlock folded(block);
-  if (ahead != 0) _mm_prefetch(block + ahead, _MM_HINT_T0);
+  if (ahead != 0) _mm_prefetch(block + ahead, kOnce);
 #pragma GCC unroll 32
   for (int64_t i = 0; i < kPairs; ++i) {
     if (ahead != 0 && i % 2 == 0)
       for (int64_t line = i / 2 * kPieceBytes / 64; line < (i / 2 + 1) * kPieceBytes / 64; ++line)
-        _mm_prefetch(block + sizeof head + line * 64 + ahead, _MM_HINT_T0);
+        _mm_prefetch(block + sizeof head + line * 64 + ahead, kOnce);
     Bytes first, second;
     folded.take(i, first, second);
     store_bytes(to + Order::place(2 * i), first);
