@@ -105,7 +105,7 @@ void shrink_tile(const Rows& x, const typename T::Element* a, const typename T::
     for (int r = 0; r < R; ++r) row[r] = x.inputs(r, k);
 #pragma GCC unroll 4
     for (int j = 0; j < J; ++j) {
-      _mm_prefetch(reinterpret_cast<const char*>(soon + j * width + k), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(soon + j * width + k), kOnce);
       const auto factor = T::factors(a + j * width + k);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) total[j * R + r] = T::add(total[j * R + r], row[r], factor);
