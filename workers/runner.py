@@ -197,7 +197,7 @@ class Runner:
 
     def _advance(self, running: Running, stage: Stage) -> None:
         self._pass(running, stage)
-        if not stage.writes:
+        if not (stage.writes or running.wave.decodes):
             self._boundaries.keep(running, stage)
 
     def _conclude(self, running: Running, stage: Stage) -> bool:
