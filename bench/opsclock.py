@@ -12,6 +12,7 @@ STEP_OPS = (
     "embed",
     "project",
     "project_gated",
+    "best",
     "attend",
     "split",
     "activate",

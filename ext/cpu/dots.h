@@ -72,8 +72,8 @@ template <int M, int P>
   }
 }
 
-// The same of one panel, whose weights are a block, folded. Before each piece of it as many lines are
-// fetched: up to four, without a loop, so that one which is not due is asked for again.
+// The same of one panel, whose weights are a block, folded. Before each piece of it as many lines
+// are fetched: up to four, without a loop, so that one which is not due is asked for again.
 template <int M>
 [[gnu::always_inline]] inline void multiply_block(const uint16_t* rows, const FoldedBlock& block,
                                                   const char* soon, int64_t lines,

@@ -48,10 +48,10 @@ inline Projection projection_of(const ProjectCall& call, int64_t threads) {
   const bool has_panels = !std::all_of(call.linears, end, in_tiles);
   const int64_t chunks = chunks_of(call, has_tiles, threads);
   const int64_t panels = panels_per_job(call, has_panels, threads);
+  const bool shrinks_cut = !has_panels && shrinks_as_cut(call);
+  const bool whole = has_whole_bundles(call, threads);
   const float* plain = call.norm.kind == NormKind::kNone ? call.x : nullptr;
-  return {call,      chunks,    panels,
-          has_panels, has_tiles, !has_panels && shrinks_as_cut(call),
-          has_whole_bundles(call, threads), plain};
+  return {call, chunks, panels, has_panels, has_tiles, shrinks_cut, whole, plain};
 }
 
 // What becomes of a panel's sums: they are written into the columns of `out`, or past the caches

@@ -88,9 +88,9 @@ class TileRuns : public Stored {
 constexpr int64_t kBlocksOfSeveral = 4, kBlocksOfOne = 8;
 constexpr int64_t kUnfoldAhead = 5 * kBlockBytes;
 
-// A bundle's panels, folded, or some of them, in runs of blocks. A run's part of a tile is unfolded when that tile is
-// next, or in registers as it is multiplied, if tiles are of one panel; meanwhile the next run of
-// them all is fetched as it lies.
+// A bundle's panels, folded, or some of them, in runs of blocks. A run's part of a tile is unfolded
+// when that tile is next, or in registers as it is multiplied, if tiles are of one panel; meanwhile
+// the next run of them all is fetched as it lies.
 template <class Order>
 class FoldedRuns {
  public:

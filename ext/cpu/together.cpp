@@ -10,8 +10,8 @@ namespace {
 // Whether a thread can take its chunks of rows through a call as through the first one.
 bool goes_along(const ProjectCall& first, const ProjectCall& call, int64_t threads) {
   const Projection p = projection_of(call, threads);
-  return p.shrinks_cut && call.mode != Mode::kBest && call.rows == first.rows && p.chunks > 1 && p.chunks % threads == 0 &&
-         p.chunks == projection_of(first, threads).chunks;
+  return p.shrinks_cut && call.mode != Mode::kBest && call.rows == first.rows && p.chunks > 1 &&
+         p.chunks % threads == 0 && p.chunks == projection_of(first, threads).chunks;
 }
 
 // Whether a call reads what a gate makes, as it is.
@@ -64,12 +64,12 @@ void shrink_chunk(const ProjectCall& call, const Chunk& chunk, float* const* sta
 // A gate and the call behind it, of few rows: what passes between them is cut by who makes it.
 int64_t project_gated(Pool* pool, const ProjectCall& gate, const ProjectCall& call,
                       Errand* errand) {
-  const Projection p = projection_of(call, pool->threads());
-  if (!reads_gated(gate, call) || !p.shrinks_cut || p.chunks > 1 ||
-      projection_of(gate, pool->threads()).chunks > 1)
-    return 0;
-  auto* pieces =
-      scratch<kThrough, uint16_t>(Groups(call.rows, pieces_of(call)).size(call.width));
+  if (!reads_gated(gate, call)) return 0;
+  const Projection one = projection_of(gate, pool->threads());
+  const Projection other = projection_of(call, pool->threads());
+  if (one.chunks > 1 || other.chunks > 1 || !other.shrinks_cut) return 0;
+  const Groups groups(call.rows, other.pieces());
+  auto* pieces = scratch<kThrough, uint16_t>(groups.size(call.width));
   project(pool, gate, errand, {nullptr, pieces});
   project(pool, call, errand, {pieces, nullptr});
   return 2;

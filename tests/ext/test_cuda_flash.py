@@ -125,16 +125,17 @@ def test_a_captured_step_attends_to_whatever_batch_is_loaded(window: int | None)
     layers, (ops, flash) = Layers(window=window), kernels()
     graphs = Graphs(DEVICE)
 
-    def step(x: Tensor, plan: CudaPlan, _: object) -> None:
+    def step(x: Tensor, plan: CudaPlan, _: object) -> Tensor:
         made = layers.run(ops, x, plan, layers.pages)
         x[:, : made.shape[1]].copy_(made[:, : x.shape[1]])
+        return x
 
     none: list[Patch | None] = []
     for contexts in ([3, 40, 100], [7, 8, 9, 10], [200, 1, 16], [201, 2, 17]):
         place = geometry([1] * len(contexts), contexts)
         x = layers.rows(len(contexts))
         expected = layers.expected(x, place)[:, : x.shape[1]]
-        assert graphs.run((1,), x, (ops.plan(place), 399), none, step)
+        assert graphs.run((1,), x, (ops.plan(place), 399), none, step) is x
         assert_near(x, expected)
     assert graphs.counts.captured == 1
     assert graphs.counts.replayed == 3
