@@ -21,6 +21,7 @@ from workers.block import HeadUnit, ResidentUnit
 from workers.boundaries import Boundaries
 from workers.caches import Caches
 from workers.chains import ServedChain
+from workers.counts import BlockCount, Tally, tallies
 from workers.loading import LoadedChain
 from workers.memory import KvMemory
 from workers.passage import Part, Passage
@@ -31,31 +32,15 @@ from workers.wire import BlockReport, ChainId
 _KEPT_PASSAGES = 1024
 
 
-@dataclass(eq=False, slots=True)
-class BlockCount:
-    """How often a block ran and what it carried: `merged` runs had rows of several chains."""
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """What a stage needs each time that it runs, while its steps stay: its units and what its rows
+    wear, which rows these are, the width of what they bring along and of what they leave."""
 
-    runs: int = 0
-    rows: int = 0
-    sequences: int = 0
-    merged: int = 0
-
-
-class _Tally:
-    """What a stage adds to its block's count each time that it runs."""
-
-    def __init__(self, total: BlockCount, stage: Stage) -> None:
-        self._total = total
-        self._rows = sum(last - first for _, first, last in stage.runs)
-        self._sequences = len(stage.steps)
-        self._merged = len(stage.runs) > 1
-
-    def count(self) -> None:
-        """The stage has run."""
-        self._total.runs += 1
-        self._total.rows += self._rows
-        self._total.sequences += self._sequences
-        self._total.merged += self._merged
+    passage: Passage
+    rows: slice | Tensor
+    width: int
+    result: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +70,9 @@ class Runner:
         self._caches = Caches(ops, memory, pads=replays is not None)
         self._passages: OrderedDict[tuple[int, int, ChainId, Rows], Passage] = OrderedDict()
         self._laid: dict[Members, _Laid] = {}
+        self._ways: dict[tuple[int, int], _Way] = {}  # by a stage's `id` and where it ends
         self._stages: tuple[Stage, ...] = ()
-        self._tallies: list[_Tally] = []
+        self._tallies: list[Tally] = []
         self._ends: Stage | None = None  # of these, the last but one, if the head has its rows
         self.counts: OrderedDict[int, BlockCount] = OrderedDict()
         self.prepare_s = 0.0
@@ -104,6 +90,7 @@ class Runner:
         self._attachments.remove(chain)
         # What rows wore holds weights, too.
         self._passages.clear()
+        self._ways.clear()
         if self._replays is not None:
             alive = {id(unit) for units in self._units.values() for unit in units}
             self._replays.retain(lambda name: alive.issuperset(name[2:]))
@@ -177,12 +164,9 @@ class Runner:
             self._stages = wave.stages
             ends = self._takes_heads and wave.decodes
             self._ends = _before_head(wave.stages) if ends else None
-            self._tallies = [
-                _Tally(self.counts.setdefault(stage.block, BlockCount()), stage)
-                for stage in wave.stages
-                if _is_first(stage)
-            ]
+            self._tallies = tallies(wave.stages, self.counts)
             self._laid.clear()
+            self._ways.clear()
         chain = wave.steps[0].request.chain
         running = Running(wave, greedy, chain, self._caches.of(chain.kv), self._ops.device)
         if not wave.decodes:
@@ -204,45 +188,53 @@ class Runner:
         """Run the last stage and the head behind it as one captured step; False, and nothing done,
         if there is none for them."""
         head = running.wave.stages[-1]
-        passage = self._passage(stage, _longest(stage), head.last)
-        if not passage.replayable:
+        way = self._way(stage, head.last)
+        if not way.passage.replayable:
             return False
-        best = self._replay(running, stage, passage, self._enter(running, stage, passage))
+        best = self._replay(running, stage, way.passage, self._enter(running, stage, way))
         assert best is not None, "what takes heads takes any batch"
         running.logits.append(Logits(None, *_wanted(running.wave, head), best))
         return True
 
     def _pass(self, running: Running, stage: Stage) -> None:
         """Units of a stage, over its rows of x."""
-        chain = _longest(stage)
-        passage = self._passage(stage, chain, stage.last)
-        at = layers.Context(
-            self._ops,
-            running.cache,
-            self._plan(running, stage),
-            passage.layer if stage.written else None,
-        )
-        rows = self._rows(stage)
+        way = self._way(stage, stage.last)
+        passage = way.passage
         if stage.writes:
-            passage.write(running.x(chain.width(stage.first))[rows], at)
+            passage.write(running.x(way.width)[way.rows], self._context(running, stage))
             return
-        x = self._enter(running, stage, passage)
+        x = self._enter(running, stage, way)
         if self._replay(running, stage, passage, x) is None:
-            x = passage.run(x, at)
-        width = chain.width(stage.last)
-        made = stage.first == 0 or chain.width(stage.first) != width
-        if made and isinstance(stage.rows, slice) and len(x) == running.wave.num_rows:
-            running.streams[width] = x
-        elif made or not isinstance(stage.rows, slice):
-            running.x(width)[rows] = x
+            written = passage.layer if stage.written else None
+            x = passage.run(x, self._context(running, stage, written))
+        made = stage.first == 0 or way.width != way.result
+        if made and isinstance(way.rows, slice) and len(x) == running.wave.num_rows:
+            running.streams[way.result] = x
+        elif made or not isinstance(way.rows, slice):
+            running.x(way.result)[way.rows] = x
 
-    def _enter(self, running: Running, stage: Stage, passage: Passage) -> Tensor:
+    def _enter(self, running: Running, stage: Stage, way: _Way) -> Tensor:
         """What a stage's rows bring along, or their embeddings: x [rows, hidden]."""
-        if passage.embed is None:
-            return running.x(_longest(stage).width(stage.first))[self._rows(stage)]
-        unit, worn = passage.embed
-        at = layers.Context(self._ops, running.cache, self._plan(running, stage))
-        return vocabulary.embed(unit, self._tokens(running.wave, stage), worn, at)
+        if way.passage.embed is None:
+            return running.x(way.width)[way.rows]
+        unit, worn = way.passage.embed
+        tokens = self._tokens(running.wave, stage)
+        return vocabulary.embed(unit, tokens, worn, self._context(running, stage))
+
+    def _context(
+        self, running: Running, stage: Stage, written: int | None = None
+    ) -> layers.Context:
+        return layers.Context(self._ops, running.cache, self._plan(running, stage), written)
+
+    def _way(self, stage: Stage, last: int) -> _Way:
+        """A stage's way through its units up to `last`."""
+        way = self._ways.get((id(stage), last))
+        if way is None:
+            chain = _longest(stage)
+            passage = self._passage(stage, chain, last)
+            widths = chain.width(stage.first), chain.width(stage.last)
+            way = self._ways[id(stage), last] = _Way(passage, self._rows(stage), *widths)
+        return way
 
     def _passage(self, stage: Stage, chain: ServedChain, last: int) -> Passage:
         """Units from a stage's first to `last` as `chain` holds them, and what its rows wear."""
@@ -356,12 +348,6 @@ def _longest(stage: Stage) -> ServedChain:
     """Of the chains that pass a stage, the one asked for at the greatest length: rotary tables of
     units that they share end there."""
     return max((chain for chain, _, _ in stage.runs), key=lambda chain: chain.context)
-
-
-def _is_first(stage: Stage) -> bool:
-    """Whether a stage begins its block, whose other pieces carry the same rows on."""
-    begins = (block.first for block in stage.runs[0][0].blocks if block.key == stage.block)
-    return stage.first == next(begins) and not stage.written
 
 
 def _before_head(stages: Sequence[Stage]) -> Stage | None:
