@@ -136,28 +136,30 @@ class CpuOps:
         tokens = np.ascontiguousarray(tokens, dtype=np.int64)
         if len(tokens) != plan.num_rows:
             raise ValueError(f"{len(tokens)} tokens for {plan.num_rows} rows")
-        out = torch.empty(len(tokens), table.in_features)
+        out = self._empty(len(tokens), table.in_features)
         if len(tokens) == 0:
             return out
         if table.is_coded or (positions is not None and positions.is_coded):
             raise ValueError("embeddings cannot be looked up in codes")
-        if tokens.min() < 0 or tokens.max() >= table.out_features:
+        if self._tape is None and not 0 <= tokens.min() <= tokens.max() < table.out_features:
             raise ValueError(f"a token lies outside the vocabulary of {table.out_features}")
-        if positions is not None and plan.num_positions + offset > positions.out_features:
-            raise ValueError(f"a position lies beyond the {positions.out_features} of the model")
-        self._native.blockllm_embed(
-            self._pool,
-            native.EMBED.pack(
-                table.record.address,
-                positions.record.address if positions is not None else 0,
-                tokens.ctypes.data,
-                plan.row_positions.ctypes.data,
-                len(tokens),
-                offset,
-                scale,
-                out.data_ptr(),
-            ),
+        if positions is not None:
+            known = positions.out_features
+            if plan.num_positions + offset > known:
+                raise ValueError(f"a position lies beyond the {known} of the model")
+            if self._tape is not None:
+                self._tape.note_bounds(0, known - offset)
+        record = native.EMBED.pack(
+            table.record.address,
+            positions.record.address if positions is not None else 0,
+            tokens.ctypes.data,
+            plan.record.address,
+            len(tokens),
+            offset,
+            scale,
+            out.data_ptr(),
         )
+        self._call("embed", record)
         return out
 
     def project(
@@ -297,7 +299,7 @@ class CpuOps:
         native.check_attention(q, k, v, how, at)
         norms = [NormRecord(norm, dim, plan.num_rows) for norm in (how.q_norm, how.k_norm)]
         if self._tape is not None:
-            self._tape.note_bounds(layer, math.inf if rotary is None else len(rotary.table))
+            self._tape.note_bounds(layer + 1, math.inf if rotary is None else len(rotary.table))
         self._call(
             "attend",
             native.ATTEND.pack(

@@ -48,11 +48,17 @@ CODES: dict[Bits, int] = {"int8": 4, "int4": 5}
 PAGES = (torch.float32, torch.bfloat16)
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "tanh": 4, "none": 5}
 
-Replayable = Literal["project", "attend", "activate", "add_norm", "split"]
+Replayable = Literal["project", "attend", "activate", "add_norm", "split", "embed"]
 # The numbers of `Operation` in records.h.
 OPERATIONS: dict[Replayable, int] = {name: i for i, name in enumerate(get_args(Replayable))}
 # Where their records say how many rows there are, or elements of rows; of attention, plans do.
-COUNTS: dict[Replayable, int] = {"project": 8, "activate": 24, "add_norm": 16, "split": 8}
+COUNTS: dict[Replayable, int] = {
+    "project": 8,
+    "activate": 24,
+    "add_norm": 16,
+    "split": 8,
+    "embed": 32,
+}
 
 _NORM_RUN = Struct("qqQQ")
 _NORMS = {"rms": 1, "layer": 2}

@@ -257,7 +257,8 @@ class Ops(Protocol):
 
     def plan(self, geometry: Geometry, last: Opaque = None) -> Plan:
         """Prepare a batch's geometry once; it serves every layer of every block the batch runs.
-        `last` is that of the batch before: what has not changed since may be taken over."""
+        `last` is that of the batch before, and may be used no more: what has not changed since is
+        taken over."""
         ...
 
     def embed(
@@ -269,8 +270,8 @@ class Ops(Protocol):
         plan: Opaque,
         offset: int,
     ) -> Tensor:
-        """x[r] = scale * table[tokens[r]] (+ positions[position r + offset]); tokens int64
-        [rows]."""
+        """x[r] = scale * table[tokens[r]] (+ positions[position r + offset]); tokens int64 [rows],
+        all of them in the table."""
         ...
 
     def project(

@@ -20,15 +20,17 @@ class CpuPlan:
     num_positions: int
     row_positions: np.ndarray
     arrays: tuple[np.ndarray, ...]
-    addresses: tuple[int, ...]
     record: native.Record
 
 
 def prepare(geometry: Geometry, last: CpuPlan | None = None) -> CpuPlan:
     """Positions of rows, and the blocks of rows that attend together. `last` is what was prepared
-    before: where only the contexts of decoding sequences have changed, the rest is taken over."""
+    before: where only the contexts of decoding sequences have changed, it is moved on."""
     if last is not None and _goes_on(geometry, last):
-        return _move(geometry, last)
+        last.geometry = geometry
+        np.subtract(geometry.contexts, 1, out=last.row_positions)
+        last.num_positions = max(geometry.contexts.tolist())
+        return last
     contexts, num_rows = geometry.contexts, geometry.num_rows
     first = np.arange(num_rows + 1)
     if np.array_equal(geometry.starts, first):
@@ -41,10 +43,10 @@ def prepare(geometry: Geometry, last: CpuPlan | None = None) -> CpuPlan:
         for array in (geometry.tables, row_sequence, row_positions, first)
     )
     _, layers, pages = geometry.tables.shape
-    addresses = tuple(array.ctypes.data for array in arrays)
+    addresses = (array.ctypes.data for array in arrays)
     record = native.Record(native.PLAN.pack(*addresses, num_rows, len(first) - 1, layers, pages))
     positions = int(contexts.max()) if len(contexts) else 0
-    return CpuPlan(geometry, num_rows, layers, positions, arrays[2], arrays, addresses, record)
+    return CpuPlan(geometry, num_rows, layers, positions, arrays[2], arrays, record)
 
 
 def _goes_on(geometry: Geometry, last: CpuPlan) -> bool:
@@ -54,18 +56,6 @@ def _goes_on(geometry: Geometry, last: CpuPlan) -> bool:
         and geometry.starts is last.geometry.starts
         and last.num_rows == len(geometry.contexts)
     )
-
-
-def _move(geometry: Geometry, last: CpuPlan) -> CpuPlan:
-    """`last` at other positions."""
-    tables, row_sequence, _, first = last.arrays
-    positions = np.subtract(geometry.contexts, 1, dtype=np.int32)
-    arrays = (tables, row_sequence, positions, first)
-    addresses = (*last.addresses[:2], positions.ctypes.data, last.addresses[3])
-    rows, (_, layers, pages) = last.num_rows, geometry.tables.shape
-    record = native.Record(native.PLAN.pack(*addresses, rows, rows, layers, pages))
-    highest = max(geometry.contexts.tolist())
-    return CpuPlan(geometry, rows, layers, highest, positions, arrays, addresses, record)
 
 
 def _divide(geometry: Geometry) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,8 +1,8 @@
 """Steps recorded as lists of native calls: one foreign call runs a step again.
 
-A recorded step reads activations, a plan and patches at addresses that stay; each replay puts those
-of its batch there, and the number of its rows into the records. Recordings have room for a power of
-two of rows, are made when first wanted, and leave by least recent use.
+A recorded step reads activations or tokens, a plan and patches at addresses that stay; each replay
+puts those of its batch there, and the number of its rows into the records. Recordings have room for
+a power of two of rows, are made when first wanted, and leave by least recent use.
 """
 
 import ctypes
@@ -18,12 +18,11 @@ from ext.cpu import CpuOps
 from ext.ops import Opaque, Patch
 from ext.patch import patch_address
 from ext.plan import CpuPlan
-from ext.replays import Counts, Shelf
+from ext.replays import Counts, Input, Shelf
 from ext.tape import Tape, Workspace
 
-# Some units over activations x [rows, hidden], in place, with one patch for each linear of theirs;
-# it gives x, or the best of each row, int64 [rows].
-Step = Callable[[Tensor, CpuPlan, Sequence[Patch | None]], Tensor]
+# Some units over rows, with one patch for each linear of theirs: see `ext.replays.Replays.run`.
+Step = Callable[[Input, CpuPlan, Sequence[Patch | None]], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +33,8 @@ class _Key:
 
 class _Recorded:
     """The records of a tape of so many rows, one behind the other, and the call that names them
-    all. `result` is what the step gives, with room for the most rows, unless that is x. `owner` is
-    the step, which keeps what they point at."""
+    all. `result` is what the step gives, with room for the most rows, unless that is what it began
+    with. `owner` is the step, which keeps what they point at."""
 
     def __init__(
         self,
@@ -46,7 +45,7 @@ class _Recorded:
         result: Tensor | None,
     ) -> None:
         self.layers, self.positions = tape.layers, tape.positions
-        self.result = result
+        self._result = result
         self._owner = owner
         ends = list(accumulate((len(record) for _, record in tape.calls), initial=0))
         self._records = native.Record(b"".join(record for _, record in tape.calls))
@@ -56,6 +55,7 @@ class _Recorded:
         ]
         self._loaded: Sequence[Patch | None] | None = None
         self._least = 0  # rows that these want
+        self._given = result
         # The counts that grow with the rows: where they stand, and how much there is of a row.
         fields = [
             (end + native.COUNTS[operation]) // 8
@@ -90,6 +90,14 @@ class _Recorded:
         prepared = (patch.prepared for patch in patches if patch is not None)
         self._least = max((one.rows for one in prepared if one is not None), default=0)
 
+    def given(self, rows: int) -> Tensor | None:
+        """What the step gave of so many rows; None: what it began with."""
+        # Taking a part of a tensor costs as much as what else is done for a replay.
+        if self._given is not None and len(self._given) != rows:
+            assert self._result is not None
+            self._given = self._result[:rows]
+        return self._given
+
     def forget(self) -> None:
         """Let go of the attachments that were loaded last."""
         self._loaded = None
@@ -99,13 +107,14 @@ class Recordings:
     """Recorded steps over some kernels; at most `capacity` of them are kept. See
     `ext.replays.Replays`."""
 
-    takes_prompts = takes_heads = True
+    takes_prompts = takes_ends = True
 
     def __init__(self, ops: CpuOps, capacity: int = 256) -> None:
         self.ops = ops
         self._shelf: Shelf[_Key, _Recorded] = Shelf(capacity)
         self._workspace = Workspace()
         self._streams: dict[tuple[int, int], Tensor] = {}
+        self._tokens: dict[int, np.ndarray] = {}
         self._plan = native.Record(bytes(native.PLAN.size))
 
     def __len__(self) -> int:
@@ -119,21 +128,19 @@ class Recordings:
     def run(
         self,
         units: tuple[int, ...],
-        x: Tensor,
+        rows: Input,
         batch: tuple[CpuPlan, int],
         patches: Sequence[Patch | None],
         step: Step,
     ) -> Tensor:
         """See `ext.replays.Replays.run`."""
-        rows, (plan, _) = len(x), batch
+        count, (plan, _) = len(rows), batch
         ctypes.memmove(self._plan.address, plan.record.address, native.PLAN.size)
-        key = _Key(units, 1 << (rows - 1).bit_length())
-        stream = self._stream(key.most, x.shape[1])[:rows]
-        stream.copy_(x)
+        key = _Key(units, 1 << (count - 1).bit_length())
+        own = self._put(rows, key.most)
         recorded = self._shelf.find(key)
         if recorded is None:
-            own = replace(plan, record=self._plan)
-            recorded = self._record(stream, key.most, own, patches, step)
+            recorded = self._record(own, key.most, replace(plan, record=self._plan), patches, step)
             self._shelf.keep(key, recorded)
         else:
             if plan.num_layers < recorded.layers or plan.num_positions > recorded.positions:
@@ -141,34 +148,47 @@ class Recordings:
                     f"position {plan.num_positions - 1} of {plan.num_layers} layers lies beyond"
                     " what was recorded"
                 )
-            recorded.load(patches, rows, self.ops)
+            recorded.load(patches, count, self.ops)
             self.ops.replay(recorded.call)
             self.counts.replayed += 1
-        return x.copy_(stream) if recorded.result is None else recorded.result[:rows]
+        given = recorded.given(count)
+        if given is not None:
+            return given
+        assert isinstance(rows, Tensor)
+        assert isinstance(own, Tensor)
+        return rows.copy_(own)
 
     def retain(self, keeps: Callable[[tuple[int, ...]], bool]) -> None:
         """See `ext.replays.Replays.retain`."""
         self._shelf.retain(keeps)
 
     def _record(
-        self, stream: Tensor, most: int, plan: CpuPlan, patches: Sequence[Patch | None], step: Step
+        self, rows: Input, most: int, plan: CpuPlan, patches: Sequence[Patch | None], step: Step
     ) -> _Recorded:
         """Run a step, noting what it calls, with room for so many rows. Each linear has a patch of
         its own meanwhile, so that its place is known."""
         own = [Patch((), ()) if patch is None else replace(patch) for patch in patches]
         with self.ops.taped(self._workspace, most) as tape:
-            given = step(stream, plan, own)
+            given = step(rows, plan, own)
         for patch, other in zip(patches, own, strict=True):
             if patch is not None:
                 patch.prepared = other.prepared
         # The tape has room for more rows behind those of the first batch.
-        result = None if given is stream else given.as_strided((most,), (1,))
-        recorded = _Recorded(tape, own, len(stream), step, result)
-        recorded.load(patches, len(stream), self.ops)
+        room = (most, *given.shape[1:])
+        result = None if given is rows else given.as_strided(room, given.stride())
+        recorded = _Recorded(tape, own, len(rows), step, result)
+        recorded.load(patches, len(rows), self.ops)
         return recorded
 
-    def _stream(self, most: int, hidden: int) -> Tensor:
-        """Activations of so many rows, at an address that stays."""
-        if (most, hidden) not in self._streams:
-            self._streams[most, hidden] = self._workspace.empty(most, hidden)
-        return self._streams[most, hidden]
+    def _put(self, rows: Input, most: int) -> Input:
+        """Rows at an address that stays, with room for so many."""
+        if isinstance(rows, Tensor):
+            hidden = rows.shape[1]
+            if (most, hidden) not in self._streams:
+                self._streams[most, hidden] = self._workspace.empty(most, hidden)
+            return self._streams[most, hidden][: len(rows)].copy_(rows)
+        if most not in self._tokens:
+            self._tokens[most] = np.empty(most, np.int64)
+        own = self._tokens[most][: len(rows)]
+        own[:] = rows
+        return own

@@ -6,11 +6,15 @@
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeAlias, TypeVar
 
+import numpy as np
 from torch import Tensor
 
 from ext.ops import Opaque, Patch
+
+# What a step begins with: activations [rows, hidden], or tokens int64 [rows].
+Input: TypeAlias = Tensor | np.ndarray
 
 
 @dataclass(slots=True)
@@ -23,10 +27,11 @@ class Counts:
 
 class Replays(Protocol):
     """The captured steps of one device. `takes_prompts` says whether they serve batches in which a
-    sequence has any number of rows, `takes_heads` whether a step may end in the best of each."""
+    sequence has any number of rows, `takes_ends` whether a step may begin with the embedding of
+    tokens, and end in the best of each row."""
 
     takes_prompts: bool
-    takes_heads: bool
+    takes_ends: bool
 
     @property
     def counts(self) -> Counts:
@@ -36,15 +41,15 @@ class Replays(Protocol):
     def run(
         self,
         units: tuple[int, ...],
-        x: Tensor,
+        rows: Input,
         batch: tuple[Opaque, int],
         patches: Sequence[Patch | None],
-        step: Callable[[Tensor, Opaque, Sequence[Patch | None]], Tensor],
+        step: Callable[[Input, Opaque, Sequence[Patch | None]], Tensor],
     ) -> Tensor | None:
-        """Run `step` (over rows x, a plan, patches) on x [rows, hidden] for a batch: its plan, and
-        a page for padding. What it gives: x, in place, or int64 [rows], which lie there until the
-        next run. None, and nothing done, if the batch is too large.
-        `units` names what `step` computes: equal names, equal steps."""
+        """Run `step` (over rows, a plan, patches) for a batch: its plan, and a page for padding.
+        What it gives: x [rows, hidden], in place if it began with that, or the best of each row,
+        int64 [rows]; what is not in place lies there until the next run. None, and nothing done,
+        if the batch is too large. `units` names what `step` computes: equal names, equal steps."""
         ...
 
     def retain(self, keeps: Callable[[tuple[int, ...]], bool]) -> None:

@@ -82,7 +82,7 @@ class Tape:
                 offset = native.PROJECT[i + 1].size - native.POINTER.size
                 self.slots[id(patch)] = Slot(len(self.calls), offset, linear.weight)
 
-    def note_bounds(self, layer: int, positions: float) -> None:
-        """Know how far an attention layer reaches."""
-        self.layers = max(self.layers, layer + 1)
+    def note_bounds(self, layers: int, positions: float) -> None:
+        """Know how many attention layers a batch must have, and how many positions it may."""
+        self.layers = max(self.layers, layers)
         self.positions = min(self.positions, positions)

@@ -94,6 +94,11 @@ class Wave:
     def num_rows(self) -> int:
         return int(self.starts[-1])
 
+    @property
+    def is_bare(self) -> bool:
+        """Whether each step is one token behind a whole prompt, and nothing is guessed."""
+        return self.decodes and self.num_rows == len(self.steps)
+
 
 def decide(
     running: Iterable[Request],
@@ -200,7 +205,7 @@ def arrange(steps: Sequence[Step], cuts: Sequence[int] = (), *, whole: bool = Fa
 def follow(wave: Wave, running: Mapping[RequestId, Request]) -> Wave | None:
     """The wave behind one that decodes, where the same requests and no others go on: arranged as it
     was. None: there is something to decide. Chains must be cut as they were."""
-    if not wave.decodes or not len(running) == len(wave.steps) == wave.num_rows:
+    if not wave.is_bare or len(running) != len(wave.steps):
         return None
     requests = [step.request for step in wave.steps]
     if any(running.get(request.id) is not request for request in requests):

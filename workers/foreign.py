@@ -17,15 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ext.ops import Attention, Geometry, Linear, Matrix, Norm, Ops, Patch, Place, Plan
+from ext.ops import Attention, Geometry, Linear, Matrix, Norm, Ops, Patch, Place
 from workers.chains import UnservableChain
 from zoo.families.attending import SERVED, attending
 from zoo.families.canonical import config_of
 from zoo.families.outline import Call, Outline, hidden_of, put
 from zoo.manifest import ForeignSpec, ObjectDigest, Unit
 
-# Waves whose calls are remembered: one plan per set of rows that meet in a wave.
-_PLANS = 8
+# Sets of rows that meet in a wave, whose calls are remembered.
+_KNOWN = 8
 
 
 class Weights(Protocol):
@@ -46,21 +46,21 @@ class Guide:
         self.outline = Outline(config_of(config), SERVED, device)
         self._device = device
         self._lock = threading.Lock()
-        self._known: OrderedDict[int, tuple[Plan, list[Call]]] = OrderedDict()
+        self._known: OrderedDict[int, tuple[Geometry, list[Call]]] = OrderedDict()
 
     def layer(self, index: int) -> nn.Module:
         """A layer without weights, for one unit. Loading threads call it."""
         with self._lock:
             return self.outline.layer(index)
 
-    def call(self, plan: Plan, index: int) -> Call:
-        """What layer `index` is handed for the rows of a plan."""
-        known = self._known.get(id(plan))
+    def call(self, geometry: Geometry, index: int) -> Call:
+        """What layer `index` is handed for these rows."""
+        known = self._known.get(id(geometry))
         if known is None:
-            positions = torch.from_numpy(_positions(plan.geometry)).to(self._device)
+            positions = torch.from_numpy(_positions(geometry)).to(self._device)
             with self._lock:
-                known = self._known[id(plan)] = (plan, self.outline.calls(positions))
-            if len(self._known) > _PLANS:
+                known = self._known[id(geometry)] = (geometry, self.outline.calls(positions))
+            if len(self._known) > _KNOWN:
                 self._known.popitem(last=False)
         return known[1][index]
 
@@ -166,7 +166,7 @@ def foreign(
     unit: ForeignUnit, x: Tensor, patches: Mapping[str, Patch], ops: Ops, at: Place
 ) -> None:
     """x becomes what the layer makes of it, in place; x [rows, hidden]."""
-    call = unit.guide.call(at.plan, unit.index)
+    call = unit.guide.call(at.plan.geometry, unit.index)
     frame = _Frame(unit, patches, ops, at)
     token = _frame.set(frame)
     try:

@@ -62,11 +62,7 @@ class Outcomes:
             if not step.guesses:
                 self._requests.advance(step.request, step.span, step.count)
         for part in logits:
-            newest = [
-                i
-                for i, step in enumerate(part.steps)
-                if part.positions[i] + 1 >= step.request.length
-            ]
+            newest = range(len(part.steps)) if wave.is_bare else _newest(part)
             if newest:
                 self._emit(part, newest)
         self.absorb_s += time.perf_counter() - began
@@ -74,7 +70,8 @@ class Outcomes:
     def _emit(self, part: Logits, newest: Sequence[int]) -> None:
         """Sample a token for each of these rows and send those that count in one message."""
         began = time.perf_counter()
-        steps = [part.steps[i] for i in newest]
+        everything = len(newest) == len(part.steps)
+        steps = part.steps if everything else [part.steps[i] for i in newest]
         tokens, logprobs = self._sampled(part, newest, steps)
         self.sample_s += time.perf_counter() - began
         chosen = self._choose(steps, tokens)
@@ -125,9 +122,10 @@ class Outcomes:
             chosen.tokens.append(token)
             chosen.indices.append(request.outputs)
             chosen.finished.append(ending)
-            if ending != wire.CONTINUES or not request.is_guessed(token):
+            goes_on = ending == wire.CONTINUES
+            if not goes_on or (step.guesses and not request.is_guessed(token)):
                 passed = request
-            if ending == wire.CONTINUES:
+            if goes_on:
                 self._requests.append(request, token)
         for step in dict.fromkeys(step for step in steps if step.guesses):
             self._check(step, chosen.requests.count(step.request))
@@ -155,6 +153,12 @@ class Outcomes:
                 scored = logprobs_of(data[rows], nexts, request.sampling.prompt_logprobs)
                 first = part.positions[rows[0]] + 1 - request.chain.virtual
                 self._send(wire.Scored(request_id, first, tuple(scored)))
+
+
+def _newest(part: Logits) -> list[int]:
+    """The rows behind which no token of their request is known."""
+    known = zip(part.positions, part.steps, strict=True)
+    return [i for i, (at, step) in enumerate(known) if at + 1 >= step.request.length]
 
 
 def _ending(request: Request, token: int) -> int:

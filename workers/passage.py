@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
 
+import numpy as np
 from torch import Tensor
 
 from ext.ops import Cache, Opaque, Ops, Patch, Place
+from ext.replays import Input
 from workers import layers, vocabulary
 from workers.attachments import Worn
 from workers.block import AttentionUnit, EmbedUnit, HeadUnit, MlpUnit, ParallelUnit, ResidentUnit
@@ -38,9 +40,25 @@ class Passage:
     of which the likeliest tokens are wanted."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
-        first = parts[0].unit
-        self.embed = (first, parts[0].worn) if isinstance(first, EmbedUnit) else None
-        self._parts = tuple(parts[1:] if self.embed else parts)
+        first = parts[0]
+        self._embed = first if isinstance(first.unit, EmbedUnit) else None
+        self._parts = tuple(parts[1:] if self._embed else parts)
+
+    @property
+    def embeds(self) -> bool:
+        """Whether it begins with tokens."""
+        return self._embed is not None
+
+    @cached_property
+    def embeds_plainly(self) -> bool:
+        """Whether it begins with tokens, and its rows wear nothing upon their embedding."""
+        part = self._embed
+        return part is not None and part.unit is part.held and not part.worn.embed
+
+    def embed(self, tokens: np.ndarray, at: layers.Context) -> Tensor:
+        """The embeddings of tokens int64 [rows] that it begins with: x [rows, hidden]."""
+        assert self._embed is not None
+        return vocabulary.embed(self._embedding, tokens, self._embed.worn, at)
 
     def run(self, x: Tensor, at: layers.Context) -> Tensor:
         """Carry x [rows, hidden] through all but the embedding, unit by unit; mostly in place."""
@@ -57,12 +75,21 @@ class Passage:
 
     @cached_property
     def replayable(self) -> bool:
-        """Whether a capture of these units can serve whatever rows wear upon them."""
+        """Whether a capture of these units, but for an embedding, can serve whatever rows wear upon
+        them."""
         return bool(self._parts) and all(map(_is_replayable, self._parts))
 
+    def units(self, rows: Input) -> tuple[int, ...]:
+        """Its units as objects, which a capture over such rows keeps."""
+        return self._behind if isinstance(rows, Tensor) else self._all
+
     @cached_property
-    def units(self) -> tuple[int, ...]:
-        """Its units as objects, which a capture keeps."""
+    def _all(self) -> tuple[int, ...]:
+        assert self._embed is not None
+        return (id(self._embed.held), *self._behind)
+
+    @cached_property
+    def _behind(self) -> tuple[int, ...]:
         return tuple(id(part.held) for part in self._parts)
 
     @property
@@ -77,9 +104,17 @@ class Passage:
             part.worn.linears.get(role) for part in self._parts for role in part.unit.linears
         )
 
-    def step(self, ops: Ops, cache: Cache) -> "CapturedStep":
-        """What a capture records."""
-        return CapturedStep(self._sites, ops, cache)
+    def step(self, rows: Input, ops: Ops, cache: Cache) -> "CapturedStep":
+        """What a capture over such rows records."""
+        if isinstance(rows, Tensor):
+            return CapturedStep(None, self._sites, ops, cache)
+        return CapturedStep(self._embedding, self._sites, ops, cache)
+
+    @property
+    def _embedding(self) -> EmbedUnit:
+        assert self._embed is not None
+        assert isinstance(self._embed.unit, EmbedUnit)
+        return self._embed.unit
 
     @cached_property
     def _sites(self) -> tuple[Site, ...]:
@@ -88,16 +123,22 @@ class Passage:
 
 @dataclass(frozen=True, slots=True)
 class CapturedStep:
-    """Units over rows of any batch: plan and patches are the capture's own, so it holds nothing
-    that some rows wore."""
+    """Units over rows of any batch, in front of them an embedding where the rows are tokens: plan
+    and patches are the capture's own, so it holds nothing that some rows wore."""
 
+    embed: EmbedUnit | None
     sites: tuple[Site, ...]
     ops: Ops
     cache: Cache
 
-    def __call__(self, x: Tensor, plan: Opaque, patches: Sequence[Patch | None]) -> Tensor:
+    def __call__(self, rows: Input, plan: Opaque, patches: Sequence[Patch | None]) -> Tensor:
         at = layers.Context(self.ops, self.cache, plan)
         given = iter(patches)
+        if isinstance(rows, Tensor):
+            x = rows
+        else:
+            assert self.embed is not None
+            x = vocabulary.look_up(self.embed, rows, at)
         for site in self.sites:
             own = {role: next(given) for role in site[0].linears}
             linears = {role: patch for role, patch in own.items() if patch is not None}

@@ -13,10 +13,10 @@ import numpy as np
 from torch import Tensor
 
 from ext.ops import Geometry, Ops, Plan
-from ext.replays import Replays
+from ext.replays import Input, Replays
 from workers import layers, vocabulary
 from workers.attachments import Attachments, Rows
-from workers.batcher import Members, Stage, Step, Wave
+from workers.batcher import Members, Stage, Wave
 from workers.block import HeadUnit, ResidentUnit
 from workers.boundaries import Boundaries
 from workers.caches import Caches
@@ -35,19 +35,22 @@ _KEPT_PASSAGES = 1024
 @dataclass(frozen=True, slots=True)
 class _Way:
     """What a stage needs each time that it runs, while its steps stay: its units and what its rows
-    wear, which rows these are, the width of what they bring along and of what they leave."""
+    wear, which rows these are, the width of what they bring along and of what they leave, whether
+    captured steps serve them."""
 
     passage: Passage
     rows: slice | Tensor
     width: int
     result: int
+    captured: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Laid:
-    """What stays of some steps while they decode: page tables of so many columns, first rows, and
-    the last plan that was made of them."""
+    """What stays of some steps while they decode: which of the wave's these are, page tables of so
+    many columns, first rows, and the last plan that was made of them."""
 
+    at: slice | np.ndarray
     columns: int
     starts: np.ndarray
     tables: np.ndarray
@@ -62,6 +65,7 @@ class Runner:
     ) -> None:
         self._ops = ops
         self._replays = replays
+        self._takes_ends = replays is not None and replays.takes_ends
         self._memory = memory
         self._boundaries = Boundaries(memory, requests)
         self._attachments = Attachments()
@@ -94,10 +98,6 @@ class Runner:
         if self._replays is not None:
             alive = {id(unit) for units in self._units.values() for unit in units}
             self._replays.retain(lambda name: alive.issuperset(name[2:]))
-
-    @property
-    def _takes_heads(self) -> bool:
-        return self._replays is not None and self._replays.takes_heads
 
     @property
     def replays(self) -> dict[str, int]:
@@ -162,7 +162,7 @@ class Runner:
     def _begin(self, wave: Wave, *, greedy: bool = False) -> Running:
         if wave.stages is not self._stages:  # other steps: they do not follow the last wave's
             self._stages = wave.stages
-            ends = self._takes_heads and wave.decodes
+            ends = self._takes_ends and wave.decodes
             self._ends = _before_head(wave.stages) if ends else None
             self._tallies = tallies(wave.stages, self.counts)
             self._laid.clear()
@@ -189,11 +189,11 @@ class Runner:
         if there is none for them."""
         head = running.wave.stages[-1]
         way = self._way(stage, head.last)
-        if not way.passage.replayable:
+        if not way.captured:
             return False
-        best = self._replay(running, stage, way.passage, self._enter(running, stage, way))
-        assert best is not None, "what takes heads takes any batch"
-        running.logits.append(Logits(None, *_wanted(running.wave, head), best))
+        best = self._replay(running, stage, way, self._enter(running, stage, way))
+        assert best is not None, "what takes ends takes any batch"
+        running.logits.append(Logits(None, *running.wanted(head), best))
         return True
 
     def _pass(self, running: Running, stage: Stage) -> None:
@@ -203,23 +203,28 @@ class Runner:
         if stage.writes:
             passage.write(running.x(way.width)[way.rows], self._context(running, stage))
             return
-        x = self._enter(running, stage, way)
-        if self._replay(running, stage, passage, x) is None:
+        rows = self._enter(running, stage, way)
+        x = self._replay(running, stage, way, rows)
+        if x is None:
+            assert isinstance(rows, Tensor)
             written = passage.layer if stage.written else None
-            x = passage.run(x, self._context(running, stage, written))
+            x = passage.run(rows, self._context(running, stage, written))
         made = stage.first == 0 or way.width != way.result
         if made and isinstance(way.rows, slice) and len(x) == running.wave.num_rows:
-            running.streams[way.result] = x
+            # What was made of tokens lies where other captured steps may put theirs.
+            running.streams[way.result] = x if isinstance(rows, Tensor) else x.clone()
         elif made or not isinstance(way.rows, slice):
             running.x(way.result)[way.rows] = x
 
-    def _enter(self, running: Running, stage: Stage, way: _Way) -> Tensor:
-        """What a stage's rows bring along, or their embeddings: x [rows, hidden]."""
-        if way.passage.embed is None:
+    def _enter(self, running: Running, stage: Stage, way: _Way) -> Input:
+        """What a stage's rows bring along, or their embeddings: x [rows, hidden]; or their tokens,
+        int64 [rows], where a captured step embeds them."""
+        if not way.passage.embeds:
             return running.x(way.width)[way.rows]
-        unit, worn = way.passage.embed
         tokens = self._tokens(running.wave, stage)
-        return vocabulary.embed(unit, tokens, worn, self._context(running, stage))
+        if self._takes_ends and way.captured and way.passage.embeds_plainly:
+            return tokens
+        return way.passage.embed(tokens, self._context(running, stage))
 
     def _context(
         self, running: Running, stage: Stage, written: int | None = None
@@ -233,8 +238,17 @@ class Runner:
             chain = _longest(stage)
             passage = self._passage(stage, chain, last)
             widths = chain.width(stage.first), chain.width(stage.last)
-            way = self._ways[id(stage), last] = _Way(passage, self._rows(stage), *widths)
+            captured = self._captures(stage, passage)
+            way = _Way(passage, self._rows(stage), *widths, captured)
+            self._ways[id(stage), last] = way
         return way
+
+    def _captures(self, stage: Stage, passage: Passage) -> bool:
+        """Whether a stage is run as a captured step, if that takes so many rows."""
+        replays = self._replays
+        if replays is None or stage.written or not passage.replayable:
+            return False
+        return replays.takes_prompts or max(stage.counts) == 1
 
     def _passage(self, stage: Stage, chain: ServedChain, last: int) -> Passage:
         """Units from a stage's first to `last` as `chain` holds them, and what its rows wear."""
@@ -257,20 +271,17 @@ class Runner:
                 self._passages.popitem(last=False)
         return passage
 
-    def _replay(self, running: Running, stage: Stage, passage: Passage, x: Tensor) -> Tensor | None:
+    def _replay(self, running: Running, stage: Stage, way: _Way, rows: Input) -> Tensor | None:
         """Run a stage as a captured step, if there is such a thing for it; what it gives."""
-        replays = self._replays
-        if replays is None or not passage.replayable or stage.written:
+        if self._replays is None or not way.captured:
             return None
-        if not replays.takes_prompts and max(stage.counts) > 1:
-            return None
-        cache = running.cache
-        return replays.run(
-            (id(cache), passage.layer, *passage.units),
-            x,
+        cache, passage = running.cache, way.passage
+        return self._replays.run(
+            (id(cache), passage.layer, *passage.units(rows)),
+            rows,
             (self._plan(running, stage), len(cache.data) - 1),
             passage.patches,
-            passage.step(self._ops, cache),
+            passage.step(rows, self._ops, cache),
         )
 
     def _rows(self, stage: Stage) -> slice | Tensor:
@@ -289,7 +300,7 @@ class Runner:
         assert isinstance(unit, HeadUnit)
         at = layers.Context(self._ops, running.cache, self._plan(running, stage))
         x = running.x(chain.width(stage.first))[self._rows(stage)]
-        wanted = _wanted(running.wave, stage)
+        wanted = running.wanted(stage)
         if running.greedy:
             made = Logits(None, *wanted, vocabulary.best(unit, x, worn, at))
         else:
@@ -298,6 +309,10 @@ class Runner:
 
     def _tokens(self, wave: Wave, stage: Stage) -> np.ndarray:
         """Token ids of a stage's rows, int64."""
+        if wave.is_bare:
+            steps = (wave.steps[i] for i in stage.steps)
+            newest = (step.request.tokens[step.span.first] for step in steps)
+            return np.fromiter(newest, np.int64, len(stage.steps))
         parts = [
             wave.steps[i].request.tokens[wave.steps[i].span.first : wave.steps[i].end]
             for i in stage.steps
@@ -309,28 +324,27 @@ class Runner:
         plan = running.plans.get(stage.members)
         if plan is None:
             began = time.perf_counter()
-            plan = running.plans[stage.members] = self._lay(running.wave, stage).plan
+            plan = running.plans[stage.members] = self._lay(running, stage)
             self.prepare_s += time.perf_counter() - began
         return plan
 
-    def _lay(self, wave: Wave, stage: Stage) -> _Laid:
-        """Tables and plan of some rows of a wave, from those of the wave that it follows."""
-        steps = [wave.steps[i] for i in stage.steps]
-        ends = [step.end for step in steps]
-        columns = self._memory.pages(max(ends))
+    def _lay(self, running: Running, stage: Stage) -> Plan:
+        """The plan of some rows of a wave, from that of the wave that it follows."""
         last = self._laid.get(stage.members)
+        at = _together(stage.steps) if last is None else last.at
+        contexts = running.ends[at]
+        columns = self._memory.pages(max(contexts.tolist()))
         if last is not None and last.columns == columns:
-            starts, tables = last.starts, last.tables
-        else:
-            starts = np.zeros(len(steps) + 1, np.int32)
-            np.cumsum(stage.counts, out=starts[1:])
-            layers = max(s.request.chain.num_layers for s in steps)
-            tables = self._memory.tables([s.request.slot for s in steps], layers, columns)
-            last = None
-        geometry = Geometry(starts, np.array(ends, np.int32), tables)
-        plan = self._ops.plan(geometry, None if last is None else last.plan)
-        made = self._laid[stage.members] = _Laid(columns, starts, tables, plan)
-        return made
+            last.plan = self._ops.plan(Geometry(last.starts, contexts, last.tables), last.plan)
+            return last.plan
+        requests = [running.wave.steps[i].request for i in stage.steps]
+        starts = np.zeros(len(requests) + 1, np.int32)
+        np.cumsum(stage.counts, out=starts[1:])
+        layers = max(request.chain.num_layers for request in requests)
+        tables = self._memory.tables([request.slot for request in requests], layers, columns)
+        plan = self._ops.plan(Geometry(starts, contexts, tables))
+        self._laid[stage.members] = _Laid(at, columns, starts, tables, plan)
+        return plan
 
     # ---- pages ----------------------------------------------------------------------------------
 
@@ -350,6 +364,13 @@ def _longest(stage: Stage) -> ServedChain:
     return max((chain for chain, _, _ in stage.runs), key=lambda chain: chain.context)
 
 
+def _together(steps: tuple[int, ...]) -> slice | np.ndarray:
+    """Numbers of steps, which rise, to index with: a slice where they lie together."""
+    if steps[-1] - steps[0] == len(steps) - 1:
+        return slice(steps[0], steps[-1] + 1)
+    return np.array(steps)
+
+
 def _before_head(stages: Sequence[Stage]) -> Stage | None:
     """The last stage before the head, where the head has just its rows."""
     if len(stages) < 2:
@@ -358,17 +379,3 @@ def _before_head(stages: Sequence[Stage]) -> Stage | None:
     follows = (stage.last, stage.members, stage.runs) == (head.first, head.members, head.runs)
     lies = isinstance(stage.rows, slice) and stage.rows == head.rows
     return stage if follows and lies and not stage.written and not stage.writes else None
-
-
-def _wanted(wave: Wave, stage: Stage) -> tuple[tuple[Step, ...], tuple[int, ...]]:
-    """The step and the position of each row whose logits somebody wants."""
-    if wave.decodes and wave.num_rows == len(wave.steps):
-        decoding = tuple(wave.steps[i] for i in stage.steps)
-        return decoding, tuple(step.span.first for step in decoding)
-    steps: list[Step] = []
-    positions: list[int] = []
-    for i in stage.steps:
-        step, wanted = wave.steps[i], wave.wanted[i]
-        steps += [step] * len(wanted)
-        positions += [step.span.first + row for row in wanted]
-    return tuple(steps), tuple(positions)

@@ -1,16 +1,18 @@
 """A wave on its way through its stages: its activations, the plans made for it, what it leaves."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ext.ops import Cache, Plan
-from workers.batcher import Members, Step, Wave
+from workers.batcher import Members, Stage, Step, Wave
 from workers.chains import ServedChain
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class Logits:
     """What a wave leaves of some rows: row i belongs to step `steps[i]` at position `positions[i]`.
     `data` are logits [n, vocabulary], float32 on the device, where rows of narrower variants end in
@@ -18,8 +20,8 @@ class Logits:
     until the next wave."""
 
     data: Tensor | None
-    steps: tuple[Step, ...]
-    positions: tuple[int, ...]
+    steps: Sequence[Step]
+    positions: Sequence[int]
     best: Tensor | None = None
 
 
@@ -37,9 +39,27 @@ class Running:
     streams: dict[int, Tensor] = field(default_factory=dict)
     plans: dict[Members, Plan] = field(default_factory=dict)
     logits: list[Logits] = field(default_factory=list)
+    ends: np.ndarray = field(init=False)  # behind the last position of each step, int32
+
+    def __post_init__(self) -> None:
+        steps = self.wave.steps
+        self.ends = np.fromiter((step.end for step in steps), np.int32, len(steps))
 
     def x(self, width: int) -> Tensor:
         """The stream of that width [rows, width]."""
         if width not in self.streams:
             self.streams[width] = torch.empty(self.wave.num_rows, width, device=self.device)
         return self.streams[width]
+
+    def wanted(self, stage: Stage) -> tuple[Sequence[Step], Sequence[int]]:
+        """The step and the position of each row of a stage whose logits somebody wants."""
+        wave = self.wave
+        if wave.is_bare and len(stage.steps) == len(wave.steps):
+            return wave.steps, (self.ends - 1).tolist()
+        steps: list[Step] = []
+        positions: list[int] = []
+        for i in stage.steps:
+            step, wanted = wave.steps[i], wave.wanted[i]
+            steps += [step] * len(wanted)
+            positions += [step.span.first + row for row in wanted]
+        return steps, positions

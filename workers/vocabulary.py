@@ -18,7 +18,7 @@ def embed(unit: EmbedUnit, tokens: np.ndarray, worn: Worn, at: Context) -> Tenso
     """tokens int64 [rows] -> x [rows, hidden]. Negative tokens are virtual, those beyond the table
     added; whoever has no row for a token gets another's, and only admission lets it come so far."""
     known = (tokens >= 0) & (tokens < unit.tokens.out_features)
-    x = _look_up(unit, unit.tokens, np.where(known, tokens, 0), unit.scale, at)
+    x = look_up(unit, np.where(known, tokens, 0), at)
     for pieces, first, last in worn.embed:
         own = tokens[first:last]
         for table, scale, index in _replacements(pieces, own, unit.scale):
@@ -31,6 +31,11 @@ def embed(unit: EmbedUnit, tokens: np.ndarray, worn: Worn, at: Context) -> Tenso
         for low in pieces.all(TokenLowRank, "tokens"):
             _add_low_rank(x, low, tokens, slice(first, last), at)
     return x
+
+
+def look_up(unit: EmbedUnit, tokens: np.ndarray, at: Context) -> Tensor:
+    """What the unit's own table has for tokens int64 [rows]: x [rows, hidden]."""
+    return _look_up(unit, unit.tokens, tokens, unit.scale, at)
 
 
 def _look_up(unit: EmbedUnit, table: Matrix, ids: np.ndarray, scale: float, at: Context) -> Tensor:

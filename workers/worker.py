@@ -247,7 +247,6 @@ class Worker:
         if wave is None:
             return False
         self.steps += 1
-        self._turns[wave.steps[0].request.chain.group] = self.steps
         decided = time.perf_counter()
         self.clock.decide += decided - began
         try:
@@ -289,6 +288,9 @@ class Worker:
             )
             wave = arrange(steps)
             self._greedy = all(is_greedy(step.request.sampling) for step in steps)
+            # A wave that follows has all requests: it takes no other group's turn.
+            if steps:
+                self._turns[steps[0].request.chain.group] = self.steps
         self._last_wave = (wave, self._chains.cuts)
         return wave if wave.steps else None
 

@@ -129,9 +129,11 @@ void read(const Matrix& m, int64_t row, float scale, bool add_to, float* out) {
 void embed_row(const EmbedCall& call, int64_t row) {
   float* out = call.out + row * call.table->in;
   const auto scale = static_cast<float>(call.scale);
-  read(*call.table, call.tokens[row], scale, false, out);
+  const int64_t token = call.tokens[row];
+  const bool known = token >= 0 && token < call.table->out;
+  read(*call.table, known ? token : 0, scale, false, out);
   if (call.positions == nullptr) return;
-  const int64_t position = call.row_positions[row] + call.offset;
+  const int64_t position = call.plan->row_position[row] + call.offset;
   read(*call.positions, position, 1.0f, true, out);
 }
 

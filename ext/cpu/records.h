@@ -101,16 +101,6 @@ struct ProjectCall {
   LinearCall linears[1];  // `count` of them follow
 };
 
-struct EmbedCall {
-  const Matrix* table;
-  const Matrix* positions;       // null: none
-  const int64_t* tokens;         // [rows]
-  const int32_t* row_positions;  // [rows]
-  int64_t rows, offset;
-  double scale;
-  float* out;  // [rows, in]
-};
-
 // A wave's geometry (ext.ops.Geometry) and what follows from it.
 struct Plan {
   const int32_t* tables;        // [sequences, layers, pages_per_sequence]
@@ -119,6 +109,16 @@ struct Plan {
   const int32_t*
       block_first;  // [blocks + 1]: rows [block_first[i], block_first[i + 1]) of one sequence
   int64_t rows, blocks, layers, pages_per_sequence;
+};
+
+struct EmbedCall {
+  const Matrix* table;
+  const Matrix* positions;  // null: none
+  const int64_t* tokens;    // [rows]; one that the table lacks gets its first row
+  const Plan* plan;
+  int64_t rows, offset;
+  double scale;
+  float* out;  // [rows, in]
 };
 
 // cos and sin of a position: table[position * 2 * half] and the `half` floats after them.
@@ -207,6 +207,7 @@ enum class Operation : int64_t {
   kActivate = 2,
   kAddNorm = 3,
   kSplit = 4,
+  kEmbed = 5,
 };
 
 struct Replayed {

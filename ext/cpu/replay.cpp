@@ -98,6 +98,8 @@ class Replay {
         return blockllm_add_norm(pool_, static_cast<const AddNormCall*>(replayed.call));
       case Operation::kSplit:
         return blockllm_split(pool_, static_cast<const SplitCall*>(replayed.call));
+      case Operation::kEmbed:
+        return blockllm_embed(pool_, static_cast<const EmbedCall*>(replayed.call));
     }
   }
 

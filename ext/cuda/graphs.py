@@ -16,13 +16,13 @@ from ext.cuda.parcel import Parcel
 from ext.cuda.patches import Form, as_prepared, drafted, room
 from ext.cuda.plan import CudaPlan, Layout, StaticPlan
 from ext.ops import Geometry, Patch
-from ext.replays import Counts, Shelf
+from ext.replays import Counts, Input, Shelf
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _FEWEST_PAGES = 16
 
 # Some units over activations x [rows, hidden], in place, with one patch for each linear of theirs.
-Step = Callable[[Tensor, CudaPlan, Sequence[Patch | None]], Tensor]
+Step = Callable[[Input, CudaPlan, Sequence[Patch | None]], Tensor]
 Forms = tuple[Form | None, ...]
 
 
@@ -83,7 +83,7 @@ class Graphs:
     """Captured decode steps of one device; at most `capacity` of them are kept. See
     `ext.replays.Replays`."""
 
-    takes_prompts = takes_heads = False
+    takes_prompts = takes_ends = False
 
     def __init__(self, device: torch.device, capacity: int = 64) -> None:
         self.device = device
@@ -101,13 +101,14 @@ class Graphs:
     def run(
         self,
         units: tuple[int, ...],
-        x: Tensor,
+        rows: Input,
         batch: tuple[CudaPlan, int],
         patches: Sequence[Patch | None],
         step: Step,
     ) -> Tensor | None:
         """See `ext.replays.Replays.run`."""
-        plan, scratch = batch
+        assert isinstance(rows, Tensor), "tokens were for nobody here"
+        x, (plan, scratch) = rows, batch
         geometry = plan.geometry
         bucket = next((b for b in BUCKETS if b >= len(x)), None)
         if bucket is None:

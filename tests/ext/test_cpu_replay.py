@@ -232,6 +232,77 @@ def test_a_step_may_end_in_the_best_of_each_row(ops: CpuOps, bare: bool) -> None
     assert counts(recordings) == (4, 3)
 
 
+class Worded(Headed):
+    """The same, and it begins with tokens, at learned positions or none."""
+
+    def __init__(self, layers: Sequence[Layer], *, positions: bool) -> None:
+        super().__init__(layers)
+        self.table = self.ops.matrix(random(100, HIDDEN))
+        self.positions = self.ops.matrix(random(POSITIONS + 1, HIDDEN)) if positions else None
+
+    def read(
+        self, tokens: np.ndarray | Tensor, plan: CpuPlan, patches: Sequence[Patch | None]
+    ) -> Tensor:
+        assert isinstance(tokens, np.ndarray)
+        x = self.ops.embed(tokens, self.table, 0.5, self.positions, plan, 2)
+        return self.step(x, plan, patches)
+
+
+def worded(ops: CpuOps, *, positions: bool) -> Worded:
+    return Worded([Layer(ops, fused=False) for _ in range(2)], positions=positions)
+
+
+@pytest.mark.parametrize("positions", [True, False])
+def test_a_step_may_begin_with_tokens(ops: CpuOps, positions: bool) -> None:
+    recordings, layers = Recordings(ops), worded(ops, positions=positions)
+    for rows in (1, 2, 9, 30, 17, 1, 2):
+        plan = ops.plan(geometry([1 + 3 * i for i in range(rows)]))
+        tokens = np.random.default_rng(rows).integers(0, 100, rows)
+        expected = layers.read(tokens, plan, nothing(layers))
+        given = recordings.run((1,), tokens, (plan, 0), nothing(layers), layers.read)
+        assert torch.equal(given, expected)
+    assert counts(recordings) == (4, 3)
+
+
+def test_a_token_that_the_table_lacks_is_read_as_its_first(ops: CpuOps) -> None:
+    recordings, layers = Recordings(ops), worded(ops, positions=False)
+    plan = ops.plan(geometry([4, 5, 6]))
+    expected = layers.read(np.array([0, 7, 0]), plan, nothing(layers))
+    for _ in range(2):
+        tokens = np.array([-1, 7, 100])
+        given = recordings.run((1,), tokens, (plan, 0), nothing(layers), layers.read)
+        assert torch.equal(given, expected)
+
+
+def test_positions_that_nobody_learned_are_refused(ops: CpuOps) -> None:
+    recordings, layers = Recordings(ops), worded(ops, positions=True)
+    for context in (POSITIONS - 1, POSITIONS):
+        batch = (ops.plan(geometry([context])), 0)
+        run = (np.array([3]), batch, nothing(layers), layers.read)
+        if context < POSITIONS:
+            recordings.run((1,), *run)
+            continue
+        for name in (1, 2):  # recorded, and not
+            with pytest.raises(ValueError, match="beyond"):
+                recordings.run((name,), *run)
+
+
+def test_a_plan_that_is_moved_on_is_as_one_made_anew(ops: CpuOps) -> None:
+    recordings, layer = Recordings(ops), Layer(ops, fused=False)
+    place = geometry([30, 70, 100])
+    plan = ops.plan(place)
+    for moved in range(1, 4):
+        place = Geometry(place.starts, np.array([30, 70, 100], "i4") + moved, place.tables)
+        plan = ops.plan(place, plan)
+        x = random(3, HIDDEN)
+        expected = layer.step(x.clone(), ops.plan(place), nothing(layer))
+        pages = layer.cache.data.clone()
+        assert torch.equal(layer.step(x.clone(), plan, nothing(layer)), expected)
+        assert torch.equal(layer.cache.data, pages)
+        recordings.run((1,), x, (plan, 0), nothing(layer), layer.step)
+        assert torch.equal(x, expected)
+
+
 # Together two threads have two chunks of rows, and more; pages do not suffice for other sequences.
 PROMPTS = [([150], [150]), ([140, 3, 9], [140, 3, 1]), ([300], [257]), ([290], [290])]
 
