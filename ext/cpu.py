@@ -191,7 +191,8 @@ class CpuOps:
         return out
 
     def best(self, x: Tensor, norm: Norm | None, linear: Linear, patch: Patch | None) -> Tensor:
-        ids = self._empty(len(x), 2).view(torch.int64)[:, 0]
+        rows = len(x)
+        ids = torch.empty(rows, dtype=torch.int64) if self._tape is None else self._tape.best(rows)
         self._project(_plain(x), norm, (linear,), (patch,), (ids,), (_BEST, 0))
         return ids
 

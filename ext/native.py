@@ -35,6 +35,7 @@ DETOURS = Struct("QQq")
 DETOUR = Struct("qqQQQQqd")
 SPLIT = Struct("Qqqq")
 SPLIT_PART = Struct("Qq")
+COPY = Struct("QQq")
 REPLAY = Struct("q")
 REPLAYED = Struct("qQ")
 POINTER = Struct("Q")
@@ -48,7 +49,7 @@ CODES: dict[Bits, int] = {"int8": 4, "int4": 5}
 PAGES = (torch.float32, torch.bfloat16)
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "tanh": 4, "none": 5}
 
-Replayable = Literal["project", "attend", "activate", "add_norm", "split", "embed"]
+Replayable = Literal["project", "attend", "activate", "add_norm", "split", "embed", "copy"]
 # The numbers of `Operation` in records.h.
 OPERATIONS: dict[Replayable, int] = {name: i for i, name in enumerate(get_args(Replayable))}
 # Where their records say how many rows there are, or elements of rows; of attention, plans do.
@@ -140,6 +141,16 @@ def _open(isa: Isa) -> ctypes.CDLL:
     native.blockllm_replay.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
     native.blockllm_replay.restype = None
     return native
+
+
+def move(address: int, record: Record) -> None:
+    """Copy a record's bytes to where another one of its kind lies."""
+    ctypes.memmove(address, record.address, len(record.data))
+
+
+def replay(calls: bytes) -> Record:
+    """The call that makes these calls again, packed as REPLAYED each."""
+    return Record(REPLAY.pack(len(calls) // REPLAYED.size) + calls)
 
 
 def address(tensor: Tensor | None) -> int:

@@ -17,6 +17,15 @@ from ext.ops import Opaque, Patch
 Input: TypeAlias = Tensor | np.ndarray
 
 
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Tokens that a step begins with, int64 [rows], and where it puts what becomes of them, x
+    [rows, hidden]."""
+
+    tokens: np.ndarray
+    x: Tensor
+
+
 @dataclass(slots=True)
 class Counts:
     """How often steps were captured, and how often one was replayed."""
@@ -41,19 +50,41 @@ class Replays(Protocol):
     def run(
         self,
         units: tuple[int, ...],
-        rows: Input,
+        rows: Tensor | Entry,
         batch: tuple[Opaque, int],
         patches: Sequence[Patch | None],
         step: Callable[[Input, Opaque, Sequence[Patch | None]], Tensor],
+        relay: Opaque = None,
     ) -> Tensor | None:
         """Run `step` (over rows, a plan, patches) for a batch: its plan, and a page for padding.
-        What it gives: x [rows, hidden], in place if it began with that, or the best of each row,
-        int64 [rows]; what is not in place lies there until the next run. None, and nothing done,
-        if the batch is too large. `units` names what `step` computes: equal names, equal steps."""
+        What it gives: x [rows, hidden], in place or where the entry says; or the best of each row,
+        int64 [rows], which lie there until the same is run again. None, and nothing done, if the
+        batch is too large. `units` names what `step` computes: equal names, equal steps. `relay`
+        takes note of it."""
+        ...
+
+    def relay(self) -> "Relay | None":
+        """A new relay; None where there is no such thing."""
         ...
 
     def retain(self, keeps: Callable[[tuple[int, ...]], bool]) -> None:
         """Forget the steps whose units `keeps` does not want."""
+        ...
+
+
+class Relay(Protocol):
+    """The captured steps of one wave, which are noted while they run. The wave that follows runs
+    them all at once, as long as no others have run meanwhile, activations lie where they lay and
+    the same plans were moved on. `best` are what steps gave that end in the best of each row."""
+
+    best: list[Tensor]
+
+    def close(self) -> bool:
+        """Note no more; False: what was noted cannot be run at once."""
+        ...
+
+    def run(self, tokens: Sequence[np.ndarray]) -> None:
+        """Run the steps again, those that begin with tokens over these, int64 [rows] each."""
         ...
 
 

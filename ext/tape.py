@@ -67,6 +67,10 @@ class Tape:
         self._held.append(memory)
         return memory[:rows]
 
+    def best(self, rows: int) -> Tensor:
+        """Memory for the best of each row, int64, which no other step takes."""
+        return torch.empty(self._most, dtype=torch.int64)[:rows]
+
     def attends(self) -> None:
         """Know that attention comes next."""
         self._held.clear()

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from ext.ops import Cache, Opaque, Ops, Patch, Place
-from ext.replays import Input
+from ext.replays import Entry, Input
 from workers import layers, vocabulary
 from workers.attachments import Worn
 from workers.block import AttentionUnit, EmbedUnit, HeadUnit, MlpUnit, ParallelUnit, ResidentUnit
@@ -79,7 +79,7 @@ class Passage:
         them."""
         return bool(self._parts) and all(map(_is_replayable, self._parts))
 
-    def units(self, rows: Input) -> tuple[int, ...]:
+    def units(self, rows: Tensor | Entry) -> tuple[int, ...]:
         """Its units as objects, which a capture over such rows keeps."""
         return self._behind if isinstance(rows, Tensor) else self._all
 
@@ -104,7 +104,7 @@ class Passage:
             part.worn.linears.get(role) for part in self._parts for role in part.unit.linears
         )
 
-    def step(self, rows: Input, ops: Ops, cache: Cache) -> "CapturedStep":
+    def step(self, rows: Tensor | Entry, ops: Ops, cache: Cache) -> "CapturedStep":
         """What a capture over such rows records."""
         if isinstance(rows, Tensor):
             return CapturedStep(None, self._sites, ops, cache)
@@ -119,6 +119,23 @@ class Passage:
     @cached_property
     def _sites(self) -> tuple[Site, ...]:
         return tuple((part.unit, part.layer) for part in self._parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """What a stage needs each time that it runs, while its steps stay: its units and what its rows
+    wear, which rows these are, the width of what they bring along and of what they leave, whether
+    captured steps serve them, and whether these keep to the stream of activations."""
+
+    passage: Passage
+    rows: slice | Tensor
+    width: int
+    result: int
+    captured: bool
+
+    @property
+    def keeps(self) -> bool:
+        return isinstance(self.rows, slice) and self.width == self.result
 
 
 @dataclass(frozen=True, slots=True)

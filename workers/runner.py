@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from ext.ops import Geometry, Ops, Plan
-from ext.replays import Input, Replays
+from ext.ops import Ops
+from ext.replays import Entry, Relay, Replays
 from workers import layers, vocabulary
 from workers.attachments import Attachments, Rows
-from workers.batcher import Members, Stage, Wave
+from workers.batcher import Stage, Wave
 from workers.block import HeadUnit, ResidentUnit
 from workers.boundaries import Boundaries
 from workers.caches import Caches
@@ -24,7 +24,8 @@ from workers.chains import ServedChain
 from workers.counts import BlockCount, Tally, tallies
 from workers.loading import LoadedChain
 from workers.memory import KvMemory
-from workers.passage import Part, Passage
+from workers.passage import Part, Passage, Way
+from workers.plans import Plans
 from workers.requests import Request, Requests
 from workers.running import Logits, Running
 from workers.wire import BlockReport, ChainId
@@ -33,28 +34,13 @@ _KEPT_PASSAGES = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class _Way:
-    """What a stage needs each time that it runs, while its steps stay: its units and what its rows
-    wear, which rows these are, the width of what they bring along and of what they leave, whether
-    captured steps serve them."""
+class _Relayed:
+    """A wave as one call: its steps, the stages that begin with tokens, and those that end in the
+    best of each row."""
 
-    passage: Passage
-    rows: slice | Tensor
-    width: int
-    result: int
-    captured: bool
-
-
-@dataclass(slots=True)
-class _Laid:
-    """What stays of some steps while they decode: which of the wave's these are, page tables of so
-    many columns, first rows, and the last plan that was made of them."""
-
-    at: slice | np.ndarray
-    columns: int
-    starts: np.ndarray
-    tables: np.ndarray
-    plan: Plan
+    relay: Relay
+    begins: tuple[Stage, ...]
+    heads: tuple[Stage, ...]
 
 
 class Runner:
@@ -73,13 +59,13 @@ class Runner:
         self._unit_bytes: dict[ChainId, tuple[int, ...]] = {}
         self._caches = Caches(ops, memory, pads=replays is not None)
         self._passages: OrderedDict[tuple[int, int, ChainId, Rows], Passage] = OrderedDict()
-        self._laid: dict[Members, _Laid] = {}
-        self._ways: dict[tuple[int, int], _Way] = {}  # by a stage's `id` and where it ends
+        self._plans = Plans(ops, memory)
+        self._ways: dict[tuple[int, int], Way] = {}  # by a stage's `id` and where it ends
         self._stages: tuple[Stage, ...] = ()
         self._tallies: list[Tally] = []
         self._ends: Stage | None = None  # of these, the last but one, if the head has its rows
+        self._relayed: _Relayed | None = None
         self.counts: OrderedDict[int, BlockCount] = OrderedDict()
-        self.prepare_s = 0.0
 
     def add(self, loaded: LoadedChain) -> None:
         """Take in a resident chain."""
@@ -95,6 +81,7 @@ class Runner:
         # What rows wore holds weights, too.
         self._passages.clear()
         self._ways.clear()
+        self._relayed = None
         if self._replays is not None:
             alive = {id(unit) for units in self._units.values() for unit in units}
             self._replays.retain(lambda name: alive.issuperset(name[2:]))
@@ -107,14 +94,19 @@ class Runner:
         counts = self._replays.counts
         return {"captured_steps": counts.captured, "replayed_steps": counts.replayed}
 
+    @property
+    def plans_s(self) -> float:
+        """The seconds that plans took since start."""
+        return self._plans.spent_s
+
     def run(self, wave: Wave, *, greedy: bool = False) -> list[Logits]:
         """Run a wave; KV goes to the pages, logits of the rows that need them come back, or if it
         is `greedy` their likeliest tokens."""
         running = self._begin(wave, greedy=greedy)
-        for stage in wave.stages:
-            if greedy and stage is self._ends and self._conclude(running, stage):
-                break
-            self._take(running, stage)
+        if self._relayed is not None and greedy and self._plans.move(running):
+            self._follow(running, self._relayed)
+        else:
+            self._run(running)
         for tally in self._tallies:
             tally.count()
         return running.logits
@@ -124,7 +116,7 @@ class Runner:
         running = self._begin(wave)
         spent: list[float] = []
         for stage in wave.stages:
-            self._plan(running, stage)
+            self._plans.of(running, stage)
             self._ops.synchronize()
             began = time.perf_counter()
             self._take(running, stage)
@@ -157,6 +149,26 @@ class Runner:
             merged_runs=count.merged,
         )
 
+    def _run(self, running: Running) -> None:
+        """Run a wave stage by stage. Of one that may be followed by its like, where only captured
+        steps run, these are noted."""
+        wave, replays = running.wave, self._replays
+        if replays is not None and running.greedy and wave.is_bare:
+            running.relay = replays.relay()
+        for stage in wave.stages:
+            if running.greedy and stage is self._ends and self._conclude(running, stage):
+                break
+            self._take(running, stage)
+        relay, self._relayed = running.relay, None
+        if relay is not None and relay.close():
+            self._relayed = _Relayed(relay, tuple(running.begins), tuple(running.heads))
+
+    def _follow(self, running: Running, relayed: _Relayed) -> None:
+        """Run a wave as the one before it was, all at once."""
+        relayed.relay.run([self._tokens(running.wave, stage) for stage in relayed.begins])
+        for head, best in zip(relayed.heads, relayed.relay.best, strict=True):
+            running.logits.append(Logits(None, *running.wanted(head), best))
+
     # ---- stages ---------------------------------------------------------------------------------
 
     def _begin(self, wave: Wave, *, greedy: bool = False) -> Running:
@@ -165,8 +177,9 @@ class Runner:
             ends = self._takes_ends and wave.decodes
             self._ends = _before_head(wave.stages) if ends else None
             self._tallies = tallies(wave.stages, self.counts)
-            self._laid.clear()
+            self._plans.clear()
             self._ways.clear()
+            self._relayed = None
         chain = wave.steps[0].request.chain
         running = Running(wave, greedy, chain, self._caches.of(chain.kv), self._ops.device)
         if not wave.decodes:
@@ -191,15 +204,25 @@ class Runner:
         way = self._way(stage, head.last)
         if not way.captured:
             return False
-        best = self._replay(running, stage, way, self._enter(running, stage, way))
-        assert best is not None, "what takes ends takes any batch"
-        running.logits.append(Logits(None, *running.wanted(head), best))
+        self._judge(running, (stage, head), way, self._enter(running, stage, way))
         return True
+
+    def _judge(
+        self, running: Running, stages: tuple[Stage, Stage], way: Way, rows: Tensor | Entry
+    ) -> None:
+        """Run a stage as a captured step that ends in the best of each row of the head."""
+        stage, head = stages
+        best = self._replay(running, stage, way, rows)
+        assert best is not None, "what takes ends takes any batch"
+        running.heads.append(head)
+        running.logits.append(Logits(None, *running.wanted(head), best))
 
     def _pass(self, running: Running, stage: Stage) -> None:
         """Units of a stage, over its rows of x."""
         way = self._way(stage, stage.last)
         passage = way.passage
+        if not (way.captured and way.keeps):
+            running.relay = None
         if stage.writes:
             passage.write(running.x(way.width)[way.rows], self._context(running, stage))
             return
@@ -209,29 +232,31 @@ class Runner:
             assert isinstance(rows, Tensor)
             written = passage.layer if stage.written else None
             x = passage.run(rows, self._context(running, stage, written))
+        if isinstance(rows, Entry):
+            return  # x is where it belongs
         made = stage.first == 0 or way.width != way.result
         if made and isinstance(way.rows, slice) and len(x) == running.wave.num_rows:
-            # What was made of tokens lies where other captured steps may put theirs.
-            running.streams[way.result] = x if isinstance(rows, Tensor) else x.clone()
+            running.streams[way.result] = x
         elif made or not isinstance(way.rows, slice):
             running.x(way.result)[way.rows] = x
 
-    def _enter(self, running: Running, stage: Stage, way: _Way) -> Input:
+    def _enter(self, running: Running, stage: Stage, way: Way) -> Tensor | Entry:
         """What a stage's rows bring along, or their embeddings: x [rows, hidden]; or their tokens,
-        int64 [rows], where a captured step embeds them."""
+        where a captured step embeds them."""
         if not way.passage.embeds:
             return running.x(way.width)[way.rows]
         tokens = self._tokens(running.wave, stage)
-        if self._takes_ends and way.captured and way.passage.embeds_plainly:
-            return tokens
+        if self._takes_ends and way.captured and way.keeps and way.passage.embeds_plainly:
+            return Entry(tokens, running.x(way.result)[way.rows])
+        running.relay = None
         return way.passage.embed(tokens, self._context(running, stage))
 
     def _context(
         self, running: Running, stage: Stage, written: int | None = None
     ) -> layers.Context:
-        return layers.Context(self._ops, running.cache, self._plan(running, stage), written)
+        return layers.Context(self._ops, running.cache, self._plans.of(running, stage), written)
 
-    def _way(self, stage: Stage, last: int) -> _Way:
+    def _way(self, stage: Stage, last: int) -> Way:
         """A stage's way through its units up to `last`."""
         way = self._ways.get((id(stage), last))
         if way is None:
@@ -239,7 +264,7 @@ class Runner:
             passage = self._passage(stage, chain, last)
             widths = chain.width(stage.first), chain.width(stage.last)
             captured = self._captures(stage, passage)
-            way = _Way(passage, self._rows(stage), *widths, captured)
+            way = Way(passage, self._rows(stage), *widths, captured)
             self._ways[id(stage), last] = way
         return way
 
@@ -271,17 +296,22 @@ class Runner:
                 self._passages.popitem(last=False)
         return passage
 
-    def _replay(self, running: Running, stage: Stage, way: _Way, rows: Input) -> Tensor | None:
+    def _replay(
+        self, running: Running, stage: Stage, way: Way, rows: Tensor | Entry
+    ) -> Tensor | None:
         """Run a stage as a captured step, if there is such a thing for it; what it gives."""
         if self._replays is None or not way.captured:
             return None
         cache, passage = running.cache, way.passage
+        if isinstance(rows, Entry):
+            running.begins.append(stage)
         return self._replays.run(
             (id(cache), passage.layer, *passage.units(rows)),
             rows,
-            (self._plan(running, stage), len(cache.data) - 1),
+            (self._plans.of(running, stage), len(cache.data) - 1),
             passage.patches,
             passage.step(rows, self._ops, cache),
+            running.relay,
         )
 
     def _rows(self, stage: Stage) -> slice | Tensor:
@@ -290,6 +320,12 @@ class Runner:
 
     def _finish(self, running: Running, stage: Stage) -> None:
         """The head, over the rows whose logits somebody wants."""
+        if running.greedy and self._takes_ends and running.wave.decodes:
+            way = self._way(stage, stage.last)
+            if way.captured and way.keeps:
+                self._judge(running, (stage, stage), way, running.x(way.width)[way.rows])
+                return
+        running.relay = None
         chain = stage.runs[0][0]
         unit, worn = self._attachments.dress(
             stage.first,
@@ -298,7 +334,7 @@ class Runner:
             self._attachments.select(tuple((c.id, a, b) for c, a, b in stage.runs)),
         )
         assert isinstance(unit, HeadUnit)
-        at = layers.Context(self._ops, running.cache, self._plan(running, stage))
+        at = layers.Context(self._ops, running.cache, self._plans.of(running, stage))
         x = running.x(chain.width(stage.first))[self._rows(stage)]
         wanted = running.wanted(stage)
         if running.greedy:
@@ -319,33 +355,6 @@ class Runner:
         ]
         return np.concatenate(parts).astype(np.int64)
 
-    def _plan(self, running: Running, stage: Stage) -> Plan:
-        """The attention plan of a stage's rows, made once per wave."""
-        plan = running.plans.get(stage.members)
-        if plan is None:
-            began = time.perf_counter()
-            plan = running.plans[stage.members] = self._lay(running, stage)
-            self.prepare_s += time.perf_counter() - began
-        return plan
-
-    def _lay(self, running: Running, stage: Stage) -> Plan:
-        """The plan of some rows of a wave, from that of the wave that it follows."""
-        last = self._laid.get(stage.members)
-        at = _together(stage.steps) if last is None else last.at
-        contexts = running.ends[at]
-        columns = self._memory.pages(max(contexts.tolist()))
-        if last is not None and last.columns == columns:
-            last.plan = self._ops.plan(Geometry(last.starts, contexts, last.tables), last.plan)
-            return last.plan
-        requests = [running.wave.steps[i].request for i in stage.steps]
-        starts = np.zeros(len(requests) + 1, np.int32)
-        np.cumsum(stage.counts, out=starts[1:])
-        layers = max(request.chain.num_layers for request in requests)
-        tables = self._memory.tables([request.slot for request in requests], layers, columns)
-        plan = self._ops.plan(Geometry(starts, contexts, tables))
-        self._laid[stage.members] = _Laid(at, columns, starts, tables, plan)
-        return plan
-
     # ---- pages ----------------------------------------------------------------------------------
 
     def commit(self) -> bool:
@@ -362,13 +371,6 @@ def _longest(stage: Stage) -> ServedChain:
     """Of the chains that pass a stage, the one asked for at the greatest length: rotary tables of
     units that they share end there."""
     return max((chain for chain, _, _ in stage.runs), key=lambda chain: chain.context)
-
-
-def _together(steps: tuple[int, ...]) -> slice | np.ndarray:
-    """Numbers of steps, which rise, to index with: a slice where they lie together."""
-    if steps[-1] - steps[0] == len(steps) - 1:
-        return slice(steps[0], steps[-1] + 1)
-    return np.array(steps)
 
 
 def _before_head(stages: Sequence[Stage]) -> Stage | None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ext.ops import Cache, Plan
+from ext.replays import Relay
 from workers.batcher import Members, Stage, Step, Wave
 from workers.chains import ServedChain
 
@@ -29,7 +30,8 @@ class Logits:
 class Running:
     """A wave on its way: activations by the width of the stream, a row for each of the wave's, the
     plans made so far, logits collected. If it is `greedy`, the likeliest tokens are all that is
-    wanted."""
+    wanted. While only captured steps have run, `relay` has noted them, those of the stages `begins`
+    over tokens, those of `heads` for the best of each row."""
 
     wave: Wave
     greedy: bool
@@ -39,6 +41,9 @@ class Running:
     streams: dict[int, Tensor] = field(default_factory=dict)
     plans: dict[Members, Plan] = field(default_factory=dict)
     logits: list[Logits] = field(default_factory=list)
+    relay: Relay | None = None
+    begins: list[Stage] = field(default_factory=list)
+    heads: list[Stage] = field(default_factory=list)
     ends: np.ndarray = field(init=False)  # behind the last position of each step, int32
 
     def __post_init__(self) -> None:

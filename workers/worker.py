@@ -330,7 +330,7 @@ class Worker:
             },
             seconds={
                 "ops": self.clock.ops,
-                "plan": self._runner.prepare_s,
+                "plan": self._runner.plans_s,
                 "sample": self._outcomes.sample_s,
                 "decide": self.clock.decide,
                 "absorb": self._outcomes.absorb_s,

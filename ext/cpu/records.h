@@ -200,6 +200,12 @@ struct SplitCall {
   SplitPart parts[1];  // `count` of them follow
 };
 
+struct CopyCall {
+  const float* from;
+  float* to;
+  int64_t count;
+};
+
 // Operations that a step was made of, to be run again in their order.
 enum class Operation : int64_t {
   kProject = 0,
@@ -208,6 +214,7 @@ enum class Operation : int64_t {
   kAddNorm = 3,
   kSplit = 4,
   kEmbed = 5,
+  kCopy = 6,
 };
 
 struct Replayed {

@@ -4,6 +4,8 @@
 // several projections.
 #include <unistd.h>
 
+#include <cstring>
+
 #include "errand.h"
 #include "exports.h"
 #include "projection.h"
@@ -100,7 +102,14 @@ class Replay {
         return blockllm_split(pool_, static_cast<const SplitCall*>(replayed.call));
       case Operation::kEmbed:
         return blockllm_embed(pool_, static_cast<const EmbedCall*>(replayed.call));
+      case Operation::kCopy:
+        return copy(*static_cast<const CopyCall*>(replayed.call));
     }
+  }
+
+  // Of few rows: it would take longer to share that out.
+  static void copy(const CopyCall& call) {
+    std::memcpy(call.to, call.from, static_cast<size_t>(call.count) * sizeof(float));
   }
 
   Pool* const pool_;

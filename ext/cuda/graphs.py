@@ -16,7 +16,7 @@ from ext.cuda.parcel import Parcel
 from ext.cuda.patches import Form, as_prepared, drafted, room
 from ext.cuda.plan import CudaPlan, Layout, StaticPlan
 from ext.ops import Geometry, Patch
-from ext.replays import Counts, Input, Shelf
+from ext.replays import Counts, Entry, Input, Shelf
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _FEWEST_PAGES = 16
@@ -101,10 +101,11 @@ class Graphs:
     def run(
         self,
         units: tuple[int, ...],
-        rows: Input,
+        rows: Tensor | Entry,
         batch: tuple[CudaPlan, int],
         patches: Sequence[Patch | None],
         step: Step,
+        relay: None = None,
     ) -> Tensor | None:
         """See `ext.replays.Replays.run`."""
         assert isinstance(rows, Tensor), "tokens were for nobody here"
@@ -131,6 +132,10 @@ class Graphs:
             captured.replay()
             self.counts.replayed += 1
         return x.copy_(captured.x[: len(x)])
+
+    def relay(self) -> None:
+        """See `ext.replays.Replays.relay`: a graph is one launch."""
+        return None  # noqa: RET501
 
     def retain(self, keeps: Callable[[tuple[int, ...]], bool]) -> None:
         """See `ext.replays.Replays.retain`."""
