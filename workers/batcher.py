@@ -208,10 +208,10 @@ def follow(wave: Wave, running: Mapping[RequestId, Request]) -> Wave | None:
     if not wave.is_bare or len(running) != len(wave.steps):
         return None
     requests = [step.request for step in wave.steps]
-    if any(running.get(request.id) is not request for request in requests):
+    if [running.get(request.id) for request in requests] != requests:
         return None
-    steps = tuple(Step(r, Span(0, r.computed, r.length), 1) for r in requests)
-    return Wave(steps, wave.starts, wave.wanted, True, wave.stages)
+    steps = [Step(r, Span(0, r.computed, r.length), 1) for r in requests]
+    return Wave(tuple(steps), wave.starts, wave.wanted, True, wave.stages)
 
 
 def schedule(paths: Sequence[Sequence[Piece]]) -> list[tuple[Piece, list[int]]]:

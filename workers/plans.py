@@ -20,7 +20,7 @@ class _Laid:
     """What stays of some steps while they decode: which of the wave's these are, their first rows,
     page tables, and the last plan that was made of them."""
 
-    at: slice | np.ndarray
+    at: slice | tuple[int, ...]
     starts: np.ndarray
     tables: np.ndarray
     plan: Plan
@@ -61,26 +61,31 @@ class Plans:
 
     def _moves(self, running: Running, laid: _Laid) -> bool:
         """Move a plan on, unless its tables end before."""
-        contexts = running.ends[laid.at]
-        if self._memory.pages(max(contexts.tolist())) > laid.tables.shape[2]:
+        ends = _at(running.ends, laid.at)
+        if self._memory.pages(max(ends)) > laid.tables.shape[2]:
             return False
-        laid.plan = self._ops.plan(Geometry(laid.starts, contexts, laid.tables), laid.plan)
+        place = Geometry(laid.starts, np.array(ends, np.int32), laid.tables)
+        laid.plan = self._ops.plan(place, laid.plan)
         return True
 
     def _lay(self, running: Running, stage: Stage) -> _Laid:
         at = _together(stage.steps)
-        contexts = running.ends[at]
+        ends = _at(running.ends, at)
         requests = [running.wave.steps[i].request for i in stage.steps]
         starts = np.zeros(len(requests) + 1, np.int32)
         np.cumsum(stage.counts, out=starts[1:])
         layers = max(request.chain.num_layers for request in requests)
-        columns = -(-self._memory.pages(int(contexts.max())) // _COLUMNS) * _COLUMNS
+        columns = -(-self._memory.pages(max(ends)) // _COLUMNS) * _COLUMNS
         tables = self._memory.tables([request.slot for request in requests], layers, columns)
-        return _Laid(at, starts, tables, self._ops.plan(Geometry(starts, contexts, tables)))
+        place = Geometry(starts, np.array(ends, np.int32), tables)
+        return _Laid(at, starts, tables, self._ops.plan(place))
 
 
-def _together(steps: tuple[int, ...]) -> slice | np.ndarray:
-    """Numbers of steps, which rise, to index with: a slice where they lie together."""
-    if steps[-1] - steps[0] == len(steps) - 1:
-        return slice(steps[0], steps[-1] + 1)
-    return np.array(steps)
+def _together(steps: tuple[int, ...]) -> slice | tuple[int, ...]:
+    """Numbers of steps, which rise: a slice where they lie together."""
+    lie = steps[-1] - steps[0] == len(steps) - 1
+    return slice(steps[0], steps[-1] + 1) if lie else steps
+
+
+def _at(ends: list[int], at: slice | tuple[int, ...]) -> list[int]:
+    return ends[at] if isinstance(at, slice) else [ends[i] for i in at]

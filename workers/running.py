@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,11 +43,10 @@ class Running:
     relay: Relay | None = None
     begins: list[Stage] = field(default_factory=list)
     heads: list[Stage] = field(default_factory=list)
-    ends: np.ndarray = field(init=False)  # behind the last position of each step, int32
+    ends: list[int] = field(init=False)  # behind the last position of each step
 
     def __post_init__(self) -> None:
-        steps = self.wave.steps
-        self.ends = np.fromiter((step.end for step in steps), np.int32, len(steps))
+        self.ends = [step.end for step in self.wave.steps]
 
     def x(self, width: int) -> Tensor:
         """The stream of that width [rows, width]."""
@@ -60,7 +58,7 @@ class Running:
         """The step and the position of each row of a stage whose logits somebody wants."""
         wave = self.wave
         if wave.is_bare and len(stage.steps) == len(wave.steps):
-            return wave.steps, (self.ends - 1).tolist()
+            return wave.steps, [end - 1 for end in self.ends]
         steps: list[Step] = []
         positions: list[int] = []
         for i in stage.steps:

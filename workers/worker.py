@@ -7,7 +7,6 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -247,16 +246,22 @@ class Worker:
         if wave is None:
             return False
         self.steps += 1
+        # To enter it takes as long as a few operations: the process does it once for all steps.
+        if torch.is_inference_mode_enabled():
+            self._run(wave, began)
+        else:
+            with torch.inference_mode():
+                self._run(wave, began)
+        return True
+
+    def _run(self, wave: Wave, began: float) -> None:
+        """Run a wave that was begun then, and take in its outcome."""
         decided = time.perf_counter()
         self.clock.decide += decided - began
         try:
-            # To enter it takes as long as a few operations: the process does it once for all steps.
-            inside = torch.is_inference_mode_enabled()
-            with nullcontext() if inside else torch.inference_mode():
-                logits = self._runner.run(wave, greedy=self._greedy)
-                ran = time.perf_counter()
-                self.clock.ops += ran - decided
-                self._outcomes.take(wave, logits)
+            logits = self._runner.run(wave, greedy=self._greedy)
+            self.clock.ops += time.perf_counter() - decided
+            self._outcomes.take(wave, logits)
             if wave.decodes:
                 requests = [step.request for step in wave.steps]
                 self._guesses.took(requests, wave.num_rows, time.perf_counter() - began)
@@ -265,7 +270,6 @@ class Worker:
             # Raises where the device itself is lost: this worker ends, another takes its requests.
             self._ops.synchronize()
             self._abandon(wave, f"the worker could not compute it: {error}")
-        return True
 
     def _next_wave(self, now: float) -> Wave | None:
         """What runs next: the last wave once more, while the same requests decode and nothing is
