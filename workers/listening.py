@@ -59,6 +59,11 @@ class Listener:
         self._hear(y, None, (linear,))
         self._ops.accumulate(x, y, linear, patch)
 
+    def best(self, x: Tensor, norm: Norm | None, linear: Linear, patch: Patch | None) -> Tensor:
+        """See `ext.ops.Ops.best`."""
+        self._hear(x, norm, (linear,))
+        return self._ops.best(x, norm, linear, patch)
+
     def _hear(self, x: Tensor, norm: Norm | None, linears: Sequence[Linear]) -> None:
         heard = [id(one.weight) for one in linears if id(one.weight) in self._wanted]
         if not heard:

@@ -66,6 +66,12 @@ class Passage:
             x = _pass(site, part.worn, x, at)
         return x
 
+    def logits(self, x: Tensor, at: layers.Context) -> Tensor:
+        """What the head that it consists of gives of x [rows, hidden]: [rows, vocabulary]."""
+        (part,) = self._parts
+        assert isinstance(part.unit, HeadUnit)
+        return vocabulary.head(part.unit, x, part.worn, at)
+
     def write(self, x: Tensor, at: layers.Context) -> None:
         """Only the keys and values of its one part, over x [rows, hidden]."""
         (part,) = self._parts

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ext.ops import Ops
 from ext.replays import Entry, Relay, Replays
-from workers import layers, vocabulary
+from workers import layers
 from workers.attachments import Attachments, Rows
 from workers.batcher import Stage, Wave
-from workers.block import HeadUnit, ResidentUnit
+from workers.block import ResidentUnit
 from workers.boundaries import Boundaries
 from workers.caches import Caches
 from workers.chains import ServedChain
@@ -320,27 +320,18 @@ class Runner:
 
     def _finish(self, running: Running, stage: Stage) -> None:
         """The head, over the rows whose logits somebody wants."""
-        if running.greedy and self._takes_ends and running.wave.decodes:
-            way = self._way(stage, stage.last)
-            if way.captured and way.keeps:
-                self._judge(running, (stage, stage), way, running.x(way.width)[way.rows])
-                return
+        way = self._way(stage, stage.last)
+        x = running.x(way.width)[way.rows]
+        ends = running.greedy and self._takes_ends and running.wave.decodes
+        if ends and way.captured and way.keeps:
+            self._judge(running, (stage, stage), way, x)
+            return
         running.relay = None
-        chain = stage.runs[0][0]
-        unit, worn = self._attachments.dress(
-            stage.first,
-            chain.id,
-            self._units[chain.id][stage.first],
-            self._attachments.select(tuple((c.id, a, b) for c, a, b in stage.runs)),
-        )
-        assert isinstance(unit, HeadUnit)
-        at = layers.Context(self._ops, running.cache, self._plans.of(running, stage))
-        x = running.x(chain.width(stage.first))[self._rows(stage)]
-        wanted = running.wanted(stage)
+        at, wanted = self._context(running, stage), running.wanted(stage)
         if running.greedy:
-            made = Logits(None, *wanted, vocabulary.best(unit, x, worn, at))
+            made = Logits(None, *wanted, way.passage.run(x, at))
         else:
-            made = Logits(vocabulary.head(unit, x, worn, at), *wanted)
+            made = Logits(way.passage.logits(x, at), *wanted)
         running.logits.append(made)
 
     def _tokens(self, wave: Wave, stage: Stage) -> np.ndarray:

@@ -25,9 +25,9 @@ float* room_for_sums(const ProjectCall& call) {
   return nullptr;
 }
 
-// Shrinks a call's rows, `all`, for every patched segment; returns where each linear layer's shrunk
-// rows begin.
-const float* const* shrink_all(Pool* pool, const Projection& p, const Cut& all) {
+// Shrinks a call's rows for every patched segment, as they were cut in `all`, or if that is null as
+// they are; returns where each linear layer's shrunk rows begin.
+const float* const* shrink_all(Pool* pool, const Projection& p, const Cut* all) {
   const int64_t floats = shrunk_floats(p.call);
   if (floats == 0) return nullptr;
   float* const* starts = lay_shrunk(p.call, scratch<kShrunk>(floats),
@@ -42,8 +42,8 @@ const float* const* shrink_all(Pool* pool, const Projection& p, const Cut& all) 
   for (int64_t i = 0; i < tasks; ++i)
     list[i].next = list[std::min(i + 1, tasks - 1)].factors(p.call.width);
   pool->run(tasks, [&](int64_t i) {
-    all.pieces != nullptr && p.shrinks_cut
-        ? shrink_cut(list[i], all.groups, all.pieces, 0, p.call.width)
+    all != nullptr
+        ? shrink_cut(list[i], all->groups, all->pieces, 0, p.call.width)
         : shrink(list[i], p.plain, p.call.width, p.call.rounding != 0);
   });
   return starts;
@@ -88,7 +88,7 @@ void project_one_chunk(Pool* pool, Projection& p, float* plain, const Through& t
     if (pieces != nullptr) cut(p, rows, block, groups, pieces);
     if (packed != nullptr) pack(rows, i, call.width, p.plain, packed);
   });
-  p.shrunk = shrink_all(pool, p, chunk.cut);
+  p.shrunk = shrink_all(pool, p, p.shrinks_cut ? &chunk.cut : nullptr);
   const Jobs jobs(p, through.results);
   pool->run(jobs.count(), [&](int64_t job) { jobs.run(job, chunk); });
 }
@@ -97,7 +97,7 @@ void project_chunks(Pool* pool, Projection& p, float* plain) {
   const uint64_t number = number_of_call();
   if (plain != nullptr || p.group_sums != nullptr)
     pool->run(p.chunks, [&](int64_t i) { prepare(p, p.chunk(i), plain); });
-  p.shrunk = shrink_all(pool, p, {Groups(0, 1), nullptr});
+  p.shrunk = shrink_all(pool, p, nullptr);
   const Jobs jobs(p);
   const int64_t tasks = p.has_panels ? kTasksPerThread : kTileTasksPerThread;
   const int64_t wanted = ceil_div(tasks * (pool->threads() - 1), p.chunks);
