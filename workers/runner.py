@@ -64,6 +64,7 @@ class Runner:
         self._stages: tuple[Stage, ...] = ()
         self._tallies: list[Tally] = []
         self._ends: Stage | None = None  # of these, the last but one, if the head has its rows
+        self._follows = False  # whether the steps are those of the wave before
         self._relayed: _Relayed | None = None
         self.counts: OrderedDict[int, BlockCount] = OrderedDict()
 
@@ -150,10 +151,10 @@ class Runner:
         )
 
     def _run(self, running: Running) -> None:
-        """Run a wave stage by stage. Of one that may be followed by its like, where only captured
-        steps run, these are noted."""
+        """Run a wave stage by stage. Of one among its like, where only captured steps run, these
+        are noted."""
         wave, replays = running.wave, self._replays
-        if replays is not None and running.greedy and wave.is_bare:
+        if replays is not None and self._follows and running.greedy and wave.is_bare:
             running.relay = replays.relay()
         for stage in wave.stages:
             if running.greedy and stage is self._ends and self._conclude(running, stage):
@@ -172,7 +173,8 @@ class Runner:
     # ---- stages ---------------------------------------------------------------------------------
 
     def _begin(self, wave: Wave, *, greedy: bool = False) -> Running:
-        if wave.stages is not self._stages:  # other steps: they do not follow the last wave's
+        self._follows = wave.stages is self._stages
+        if not self._follows:
             self._stages = wave.stages
             ends = self._takes_ends and wave.decodes
             self._ends = _before_head(wave.stages) if ends else None

@@ -2,12 +2,15 @@
 
 import gc
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ext.build import supported
 from ext.ops import LoraSegment
+from ext.relay import Relay
 from tests.workers.family_zoo import Family, mixed
 from tests.workers.local import LocalWorker
 from tests.workers.replayed import (
@@ -54,6 +57,37 @@ def test_a_batch_that_lasts_is_captured_once(family: Family) -> None:
     # One of the prompts, up to the last attention, and one of what follows.
     assert counters["captured_steps"] == 2
     assert counters["replayed_steps"] == 7
+
+
+def test_a_wave_that_decodes_on_is_one_call(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    relayed: list[int] = []
+    run = Relay.run
+
+    def counted(self: Relay, given: Sequence[np.ndarray]) -> None:
+        run(self, given)
+        relayed.append(len(self.best))
+
+    monkeypatch.setattr(Relay, "run", counted)
+    worker = LocalWorker(family.zoo, "native")
+    names = ("base", "last", "qv", "last", "base")
+    worker.load(*sorted(set(names)))
+    asked: Asked = []
+    for number, name in enumerate(names):
+        given = tokens(4 + number, number)
+        # Page tables are laid out anew at the 129th position.
+        asked.append((name, given, worker.open(name, given, max_tokens=150)))
+    worker.run()
+    assert_own_tokens(family, asked)
+    # All but the first two waves of these steps, and where tables end.
+    assert len(relayed) > 120
+    assert sum(relayed) == len(relayed)
+    first = len(relayed)
+    late = worker.open("last", tokens(5, 9), max_tokens=9)
+    worker.run()
+    assert_own_tokens(family, [("last", tokens(5, 9), late)])
+    assert len(relayed) > first
 
 
 def test_a_variant_that_leaves_takes_its_captures_along(family: Family) -> None:
