@@ -35,12 +35,15 @@ _KEPT_PASSAGES = 1024
 
 @dataclass(frozen=True, slots=True)
 class _Relayed:
-    """A wave as one call: its steps, the stages that begin with tokens, and those that end in the
-    best of each row."""
+    """A wave as one call: its captured steps, the stages that begin with tokens, those that end in
+    the best of each row, and the heads that run for themselves behind it, over these streams."""
 
     relay: Relay
-    begins: tuple[Stage, ...]
-    heads: tuple[Stage, ...]
+    greedy: bool
+    begins: Sequence[Stage]
+    heads: Sequence[Stage]
+    tails: Sequence[Stage]
+    streams: dict[int, Tensor]
 
 
 class Runner:
@@ -104,8 +107,9 @@ class Runner:
         """Run a wave; KV goes to the pages, logits of the rows that need them come back, or if it
         is `greedy` their likeliest tokens."""
         running = self._begin(wave, greedy=greedy)
-        if self._relayed is not None and greedy and self._plans.move(running):
-            self._follow(running, self._relayed)
+        relayed = self._relayed
+        if relayed is not None and relayed.greedy == greedy and self._plans.move(running):
+            self._follow(running, relayed)
         else:
             self._run(running)
         for tally in self._tallies:
@@ -151,10 +155,10 @@ class Runner:
         )
 
     def _run(self, running: Running) -> None:
-        """Run a wave stage by stage. Of one among its like, where only captured steps run, these
-        are noted."""
+        """Run a wave stage by stage. Of one among its like, where only captured steps run before
+        the heads, these are noted."""
         wave, replays = running.wave, self._replays
-        if replays is not None and self._follows and running.greedy and wave.is_bare:
+        if replays is not None and self._follows and wave.is_bare:
             running.relay = replays.relay()
         for stage in wave.stages:
             if running.greedy and stage is self._ends and self._conclude(running, stage):
@@ -162,13 +166,17 @@ class Runner:
             self._take(running, stage)
         relay, self._relayed = running.relay, None
         if relay is not None and relay.close():
-            self._relayed = _Relayed(relay, tuple(running.begins), tuple(running.heads))
+            ends = running.begins, running.heads, running.tails
+            self._relayed = _Relayed(relay, running.greedy, *ends, running.streams)
 
     def _follow(self, running: Running, relayed: _Relayed) -> None:
         """Run a wave as the one before it was, all at once."""
         relayed.relay.run([self._tokens(running.wave, stage) for stage in relayed.begins])
         for head, best in zip(relayed.heads, relayed.relay.best, strict=True):
             running.logits.append(Logits(None, *running.wanted(head), best))
+        running.streams = relayed.streams
+        for stage in relayed.tails:
+            self._finish(running, stage)
 
     # ---- stages ---------------------------------------------------------------------------------
 
@@ -328,7 +336,7 @@ class Runner:
         if ends and way.captured and way.keeps:
             self._judge(running, (stage, stage), way, x)
             return
-        running.relay = None
+        running.tails.append(stage)
         at, wanted = self._context(running, stage), running.wanted(stage)
         if running.greedy:
             made = Logits(None, *wanted, way.passage.run(x, at))

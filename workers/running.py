@@ -30,7 +30,7 @@ class Running:
     """A wave on its way: activations by the width of the stream, a row for each of the wave's, the
     plans made so far, logits collected. If it is `greedy`, the likeliest tokens are all that is
     wanted. While only captured steps have run, `relay` has noted them, those of the stages `begins`
-    over tokens, those of `heads` for the best of each row."""
+    over tokens, those of `heads` for the best of each row; `tails` are other heads."""
 
     wave: Wave
     greedy: bool
@@ -43,6 +43,7 @@ class Running:
     relay: Relay | None = None
     begins: list[Stage] = field(default_factory=list)
     heads: list[Stage] = field(default_factory=list)
+    tails: list[Stage] = field(default_factory=list)
     ends: list[int] = field(init=False)  # behind the last position of each step
 
     def __post_init__(self) -> None:

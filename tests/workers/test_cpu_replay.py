@@ -59,17 +59,21 @@ def test_a_batch_that_lasts_is_captured_once(family: Family) -> None:
     assert counters["replayed_steps"] == 7
 
 
-def test_a_wave_that_decodes_on_is_one_call(
-    family: Family, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    relayed: list[int] = []
+@pytest.fixture
+def relayed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many heads each relay that ran had."""
+    made: list[int] = []
     run = Relay.run
 
     def counted(self: Relay, given: Sequence[np.ndarray]) -> None:
         run(self, given)
-        relayed.append(len(self.best))
+        made.append(len(self.best))
 
     monkeypatch.setattr(Relay, "run", counted)
+    return made
+
+
+def test_a_wave_that_decodes_on_is_one_call(family: Family, relayed: list[int]) -> None:
     worker = LocalWorker(family.zoo, "native")
     names = ("base", "last", "qv", "last", "base")
     worker.load(*sorted(set(names)))
@@ -88,6 +92,29 @@ def test_a_wave_that_decodes_on_is_one_call(
     worker.run()
     assert_own_tokens(family, [("last", tokens(5, 9), late)])
     assert len(relayed) > first
+
+
+def test_heads_that_are_sampled_from_run_behind_that_call(
+    family: Family, relayed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answers() -> list[list[int]]:
+        worker = LocalWorker(family.zoo, "native")
+        names = ("base", "last", "qv", "last")
+        worker.load(*sorted(set(names)))
+        options = {"max_tokens": 40, "temperature": 0.9, "seed": 5}
+        asked = [worker.open(name, tokens(6, i), **options) for i, name in enumerate(names)]
+        asked.append(worker.open("base", tokens(6, 9), max_tokens=40, logprobs=2))
+        worker.run()
+        assert not any(answer.failed for answer in asked)
+        return [answer.tokens for answer in asked]
+
+    one_call = answers()
+    assert len(relayed) > 30
+    assert not any(relayed)
+    monkeypatch.setattr(Relay, "close", lambda _: False)
+    relayed.clear()
+    assert answers() == one_call
+    assert not relayed
 
 
 def test_a_variant_that_leaves_takes_its_captures_along(family: Family) -> None:
