@@ -18,7 +18,8 @@ from torch import Tensor
 from workers.requests import Request
 from workers.wire import Logprobs, RequestId, Sampling
 
-_CANDIDATES = 1024
+# How many of the best are looked for at first, and where those do not suffice, before all are.
+_CANDIDATES = (128, 2048, 16384)
 
 
 @dataclass(eq=False, slots=True)
@@ -157,30 +158,45 @@ def _draw_free(rows: Tensor, _: Sequence[Sampling], draws: Sequence[float]) -> l
 
 
 def _draw_limited(rows: Tensor, s: Sequence[Sampling], draws: Sequence[float]) -> list[int]:
-    """Sample each row from its top_k best and, of these, the fewest that hold top_p of the mass."""
+    """Sample each row from its top_k best and, of these, the fewest that hold top_p of the mass. As
+    many of the best are looked for as the row itself needs, whatever others do."""
     vocabulary = rows.shape[1]
-    counts = [min(x.top_k or vocabulary, vocabulary) for x in s]
-    most = max(counts)
-    limits = torch.tensor(counts, device=rows.device)[:, None]
-    wanted = _column([x.top_p for x in s], rows)
     # One by one: torch sums a row in another order where it has several.
-    sums = torch.stack([row.sum() for row in rows])[:, None]
-    values, ids = torch.topk(rows, min(most, _CANDIDATES))
-    if most > _CANDIDATES:
-        # Few rows need more than the first candidates; what the others get is not to depend on it.
-        short = values.sum(1, keepdim=True) < wanted * sums
-        if bool((short & (limits > _CANDIDATES)).any()):
-            values, ids = torch.topk(rows, most)
-        limits = torch.where(short, limits, limits.clamp(max=_CANDIDATES))
-    place = torch.arange(values.shape[1], device=rows.device)
-    values = values.masked_fill(place >= limits, 0.0)
-    through = torch.cumsum(values, 1)
+    sums = torch.stack([row.sum() for row in rows])
+    tokens = [0] * len(s)
+    left = list(range(len(s)))
+    for most in (*(k for k in _CANDIDATES if k < vocabulary), vocabulary):
+        tried = [i for i in left if min(s[i].top_k, vocabulary) <= most]
+        if not tried:
+            continue
+        everything = len(tried) == len(s)
+        part, masses = (rows, sums) if everything else (rows[tried], sums[tried])
+        own = [s[i] for i in tried], [draws[i] for i in tried]
+        for i, (token, is_held) in zip(tried, _draw_best(part, masses, most, *own), strict=True):
+            if is_held:
+                tokens[i] = token
+                left.remove(i)
+    return tokens
+
+
+def _draw_best(
+    rows: Tensor, sums: Tensor, most: int, s: Sequence[Sampling], draws: Sequence[float]
+) -> list[list[int]]:
+    """Sample each row, whose sum is known, from its `most` best, and say whether those hold all
+    that it is sampled from: int64 [n, 2]."""
+    values, ids = torch.topk(rows, most)
+    limits = torch.tensor([x.top_k if x.top_k > 0 else most for x in s], device=rows.device)
     has_top_k = torch.tensor([x.top_k > 0 for x in s], device=rows.device)[:, None]
-    mass = torch.where(has_top_k, through[:, -1:], sums)
+    place = torch.arange(most, device=rows.device)
+    values = values.masked_fill(place >= limits[:, None], 0.0)
+    through = torch.cumsum(values, 1)
+    wanted = _column([x.top_p for x in s], rows)
+    mass = wanted * torch.where(has_top_k, through[:, -1:], sums[:, None])
     # The best is always one of them; a top_p of 1 ends nothing.
-    over = (through - values >= wanted * mass) & (wanted < 1.0) & (place > 0)
-    found = _invert(values.masked_fill(over, 0.0), draws)
-    return ids.gather(1, found[:, None])[:, 0].tolist()
+    over = (through - values >= mass) & (wanted < 1.0) & (place > 0)
+    found = _invert(values.masked_fill(over, 0.0), draws)[:, None]
+    held = has_top_k | (through[:, -1:] >= mass) | (most == rows.shape[1])
+    return torch.cat((ids.gather(1, found), held.long()), 1).tolist()
 
 
 def _invert(weights: Tensor, draws: Sequence[float]) -> Tensor:

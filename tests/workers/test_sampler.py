@@ -79,6 +79,36 @@ def test_top_p_over_a_flat_large_vocabulary():
     assert len(set(tokens)) > 250
 
 
+def by_sorting(logits: torch.Tensor, s: Sampling) -> int:
+    """The first draw, from all of the row sorted, in float64."""
+    weights, ids = torch.softmax(logits.double() / s.temperature, 0).sort(descending=True)
+    if s.top_k > 0:
+        weights[s.top_k :] = 0.0
+    before = weights.cumsum(0) - weights
+    weights[1:][before[1:] >= s.top_p * weights.sum()] = 0.0
+    through = weights.cumsum(0)
+    return int(ids[torch.searchsorted(through, uniform(s.seed, 0) * through[-1], right=True)])
+
+
+# From a few of the best to all of them, the nucleus of rows as flat as these.
+FLATNESS = (8.0, 4.0, 3.0, 2.0, 1.0, 0.1)
+LIMITS = ({"top_p": 0.95}, {"top_k": 3000, "top_p": 0.9}, {"top_k": 50}, {"top_p": 0.999})
+
+
+def test_rows_are_drawn_from_as_if_sorted_whatever_shares_their_batch():
+    torch.manual_seed(0)
+    rows = [torch.randn(20_000) * spread for spread in FLATNESS for _ in LIMITS for _ in range(5)]
+    requests = [
+        asking(i, seed=i, temperature=0.8, **LIMITS[i // 5 % len(LIMITS)]) for i in range(len(rows))
+    ]
+    together = sampler().choose(torch.stack(rows), requests)[0]
+    alone = [choose(request, row) for request, row in zip(requests, rows, strict=True)]
+    sorted_ = [by_sorting(row, r.sampling) for row, r in zip(rows, requests, strict=True)]
+    assert together == alone
+    # A draw may fall between the sums in float32 and in float64.
+    assert sum(a != b for a, b in zip(together, sorted_, strict=True)) <= 2
+
+
 def test_a_draw_depends_on_seed_and_number_alone():
     options = {"temperature": 1.0, "seed": 7}
     alone = choose(asking(1, outputs=3, **options))
