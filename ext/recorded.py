@@ -57,7 +57,7 @@ class Recorded:
     ) -> None:
         self.layers, self.positions = tape.layers, tape.positions
         self.inlet = inlet
-        self._result = result
+        self._result = inlet.rows if result is None else result
         self._owner = owner
         ends = list(accumulate((len(record) for _, record in tape.calls), initial=0))
         self._records = native.Record(b"".join(record for _, record in tape.calls))
@@ -67,7 +67,7 @@ class Recorded:
         ]
         self._loaded: Patches | None = None
         self._least = 0  # rows that these want
-        self._given = result
+        self._given = self._result
         # The counts that grow with the rows: where they stand, and how much there is of a row.
         fields = [
             (end + native.COUNTS[operation]) // 8
@@ -110,12 +110,12 @@ class Recorded:
                 " was recorded"
             )
 
-    def given(self, rows: int) -> Tensor | None:
-        """What the step gave of so many rows; None: what it began with."""
+    def given(self, rows: int) -> Tensor:
+        """What the step gave of so many rows, where it lies."""
         # Taking a part of a tensor costs as much as what else is done for a replay.
-        if self._given is not None and len(self._given) != rows:
-            assert self._result is not None
+        if len(self._given) != rows:
             self._given = self._result[:rows]
+        assert isinstance(self._given, Tensor), "what begins with tokens has a result"
         return self._given
 
     def forget(self) -> None:

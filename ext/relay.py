@@ -12,8 +12,6 @@ from ext.plan import CpuPlan
 from ext.recorded import Recorded, is_best
 from ext.replays import Counts, Input
 
-_Copy = tuple[Tensor, Tensor]  # from the one to the other
-
 
 class Relay:
     """See `ext.replays.Relay`."""
@@ -41,12 +39,10 @@ class Relay:
             assert isinstance(own, np.ndarray)
             self.tokens.append(own[:count])
         self._calls.append(recorded.calls)
-        if given is not None and is_best(given):
+        if is_best(given):
             self.best.append(given)
         else:
-            made = own[:count] if given is None else given
-            assert isinstance(made, Tensor)
-            self._note_copy(made, x)
+            self._note_copy(given, x)
         self._legs.append((recorded, plan))
 
     def close(self) -> bool:

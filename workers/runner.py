@@ -157,17 +157,16 @@ class Runner:
     def _run(self, running: Running) -> None:
         """Run a wave stage by stage. Of one among its like, where only captured steps run before
         the heads, these are noted."""
-        wave, replays = running.wave, self._replays
+        wave, replays, self._relayed = running.wave, self._replays, None
         if replays is not None and self._follows and wave.is_bare:
             running.relay = replays.relay()
         for stage in wave.stages:
             if running.greedy and stage is self._ends and self._conclude(running, stage):
                 break
             self._take(running, stage)
-        relay, self._relayed = running.relay, None
-        if relay is not None and relay.close():
+        if running.relay is not None and running.relay.close():
             ends = running.begins, running.heads, running.tails
-            self._relayed = _Relayed(relay, running.greedy, *ends, running.streams)
+            self._relayed = _Relayed(running.relay, running.greedy, *ends, running.streams)
 
     def _follow(self, running: Running, relayed: _Relayed) -> None:
         """Run a wave as the one before it was, all at once."""

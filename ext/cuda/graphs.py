@@ -108,7 +108,7 @@ class Graphs:
         relay: None = None,
     ) -> Tensor | None:
         """See `ext.replays.Replays.run`."""
-        assert isinstance(rows, Tensor), "tokens were for nobody here"
+        assert isinstance(rows, Tensor), "graphs begin with activations"
         x, (plan, scratch) = rows, batch
         geometry = plan.geometry
         bucket = next((b for b in BUCKETS if b >= len(x)), None)
@@ -135,7 +135,6 @@ class Graphs:
 
     def relay(self) -> None:
         """See `ext.replays.Replays.relay`: a graph is one launch."""
-        return None  # noqa: RET501
 
     def retain(self, keeps: Callable[[tuple[int, ...]], bool]) -> None:
         """See `ext.replays.Replays.retain`."""
